@@ -1,0 +1,28 @@
+# Set-up happens once, in .venv; every target reuses it. Needs Python 3.11 (override: make PYTHON=python3.12 ...).
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)            ## plan a real-size model, then run such a plan on virtual GPUs
+	@$(BIN)/python examples/demo.py
+
+test: $(READY) lint       ## everything that CI runs
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# torch first and pinned: a bare `torch` may bring gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[torch,dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV)

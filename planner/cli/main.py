@@ -1,0 +1,64 @@
+"""`plan-devices`: picks the command, turns exceptions into one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from planner.errors import PlannerError
+
+COMMANDS = {
+    "plan": "place a model's modules on GPUs (the default command)",
+    "convert": "turn a folder of pickled weights into safetensors",
+    "machine": "print the GPUs of this machine, or what --gpus means",
+    "models": "list the models that are known by name",
+}
+
+_USAGE = """\
+usage: plan-devices MODEL [--gpus SPEC | --machine FILE] [options]
+       plan-devices COMMAND ...
+
+Plans which GPU each module of a vision-language model goes to, before a weight is read. The plan is YAML on
+stdout, the reasoning is on stderr. MODEL is a checkpoint folder or a name from `plan-devices models`.
+
+commands:
+{commands}
+
+`plan-devices plan --help` lists the planning options. Exit codes: 0 ok; 1 does not fit; 2 bad arguments;
+3 model, checkpoint, machine or plan unreadable, unknown, hostile or mismatching; 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code."""
+    arguments = [_hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<9}{help_text}" for name, help_text in COMMANDS.items())
+        print(_USAGE.format(commands=commands), end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"plan-devices {version('plan-devices')}")
+        return 0
+    command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("plan", arguments)
+    try:
+        return int(import_module(f"planner.cli.{command}").run(rest))
+    except PlannerError as problem:
+        print(f"plan-devices: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print("plan-devices: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _hyphenated(argument: str) -> str:
+    """`--max_model_len=9` as `--max-model-len=9`: users of other tools type underscores."""
+    if not argument.startswith("--"):
+        return argument
+    name, separator, value = argument.partition("=")
+    return name.replace("_", "-") + separator + value

@@ -1,0 +1,108 @@
+"""Arguments that several commands share, and their conversion into values; a bad one is exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from planner.errors import MachineError
+from planner.machine import Machine
+from planner.units import parse_bytes
+
+Value = TypeVar("Value")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--gpus, --machine, --reserve, --context and --max-memory."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--gpus", type=machine_spec, metavar="SPEC", help="such as 2x24GiB, 24GiB,12GiB or rtx4090,a100-80g"
+    )
+    which.add_argument(
+        "--machine", type=Path, metavar="FILE", help="machine file (YAML); without either, the GPUs here"
+    )
+    parser.add_argument("--reserve", type=size, metavar="SIZE", help="kept free on every device (default 512MiB)")
+    parser.add_argument("--context", type=size, metavar="SIZE", help="CUDA context on every device (default 500MiB)")
+    parser.add_argument(
+        "--max-memory",
+        type=assignments(size),
+        action="append",
+        default=[],
+        metavar="0=20GiB",
+        help="cap a device; may be repeated",
+    )
+
+
+def machine_from(arguments: argparse.Namespace) -> Machine:
+    """The machine that the arguments describe, or the one probed here.
+
+    Raises: MachineError when a file cannot be read or no GPU is visible.
+    """
+    if arguments.gpus is not None:
+        machine: Machine = arguments.gpus
+    elif arguments.machine is not None:
+        machine = Machine.load(arguments.machine)
+    else:
+        from runtime.probe import probe_machine
+
+        machine = probe_machine()
+    machine = machine.with_overheads(context_bytes=arguments.context, reserve_bytes=arguments.reserve)
+    return machine.limited(dict(pair for pairs in arguments.max_memory for pair in pairs))
+
+
+def machine_spec(text: str) -> Machine:
+    """A --gpus value."""
+    try:
+        return Machine.parse(text)
+    except MachineError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
+
+
+def size(text: str) -> int:
+    """A size with its unit, in bytes."""
+    try:
+        return parse_bytes(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
+
+
+def count(text: str) -> int:
+    """A whole number of zero or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`1024x768` as (width, height); `490` as a square."""
+    sides = text.lower().split("x")
+    if not all(side.isdigit() and int(side) for side in sides) or len(sides) > 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an image size: write WIDTHxHEIGHT in pixels, such as 1024x768"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def pin(text: str) -> tuple[str, int]:
+    """`vit=0` as a module and a device position."""
+    name, separator, device = text.rpartition("=")
+    if not separator or not name or not device.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pin: write MODULE=DEVICE, such as vit=0")
+    return name, int(device)
+
+
+def assignments(convert: Callable[[str], Value]) -> Callable[[str], list[tuple[int, Value]]]:
+    """`0=20GiB,1=10GiB` as pairs of device position and converted value."""
+
+    def pairs(text: str) -> list[tuple[int, Value]]:
+        found = []
+        for item in text.split(","):
+            device, separator, value = item.partition("=")
+            if not separator or not device.strip().isdigit():
+                raise argparse.ArgumentTypeError(f"{item!r} names no device: write DEVICE=SIZE, such as 0=20GiB")
+            found.append((int(device), convert(value)))
+        return found
+
+    return pairs

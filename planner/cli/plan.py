@@ -1,0 +1,138 @@
+"""`plan-devices [plan] MODEL`: the plan on stdout or in a file, the reasoning on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+
+from planner.cli import options
+from planner.constraints import Constraints
+from planner.errors import ConstraintError, SourceError
+from planner.plan import Plan
+from planner.report import report
+from planner.textfile import dump_mapping, write_atomically
+from planner.workload import Attention, Dtype, Workload
+from vlm.model import Model, find_model
+from vlm.planning import plan_for
+
+FORMATS = ("yaml", "json", "device-map")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Plan, write the result, and explain it."""
+    arguments = _parser().parse_args(argv)
+    _check_output(arguments)
+    model = find_model(arguments.model)
+    machine = options.machine_from(arguments)
+    console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
+    for note in _notes(model, arguments):
+        console.print(note)
+    constraints = Constraints(pins=dict(arguments.pin), split_vision=arguments.split_vision)
+    plan = plan_for(model, machine, _workload(model, arguments), constraints)
+    _write(_rendered(plan, arguments.format), arguments.output)
+    console.print(report(plan))
+    if arguments.output:
+        console.print(f"Plan written to {arguments.output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="plan-devices", description="Plan which GPU each module of MODEL goes to.")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a name from `plan-devices models`")
+    options.add_machine_arguments(parser)
+    work = parser.add_argument_group("workload")
+    work.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
+    work.add_argument("--kv-dtype", choices=get_args(Dtype), default="auto", help="of the KV cache (auto: as --dtype)")
+    work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
+    work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
+    work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
+    work.add_argument(
+        "--image-size", type=options.image_size, metavar="WxH", help="in pixels (default: the model's own)"
+    )
+    work.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
+    work.add_argument("--new-tokens", type=options.count, default=512, metavar="N", help="to generate (default 512)")
+    work.add_argument(
+        "--max-model-len", type=options.count, metavar="N", help="KV cache length (default: what the request needs)"
+    )
+    where = parser.add_argument_group("placement")
+    where.add_argument("--pin", type=options.pin, action="append", default=[], metavar="MODULE=DEVICE")
+    where.add_argument("--split-vision", action="store_true", help="let the vision encoder leave the token embedding")
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here instead of stdout")
+    out.add_argument("--force", action="store_true", help="overwrite FILE")
+    out.add_argument("--format", choices=FORMATS, default="yaml")
+    out.add_argument("--json", dest="format", action="store_const", const="json", help="same as --format json")
+    out.add_argument("--quiet", action="store_true", help="no reasoning on stderr")
+    return parser
+
+
+def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
+    images = arguments.num_images
+    if images and model.facts.vision is None:
+        raise ConstraintError(f"--num-images {images}: {model.name} is a language model and takes no images")
+    try:
+        return Workload(
+            batch_size=arguments.batch_size,
+            num_images=1 if images is None else images,
+            image_size=arguments.image_size,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            max_model_len=arguments.max_model_len,
+            dtype=arguments.dtype,
+            kv_dtype=arguments.kv_dtype,
+            attention=arguments.attention,
+        )
+    except ValueError as problem:
+        raise ConstraintError(str(problem)) from problem
+
+
+def _notes(model: Model, arguments: argparse.Namespace) -> list[str]:
+    where = arguments.model if model.origin == "folder" else "the catalogue"
+    notes = [f"{model.name}: {model.origin} ({where})" if model.origin == "folder" else f"{model.name}: from {where}"]
+    if arguments.image_size and model.facts.vision:
+        side = model.facts.vision.image_size
+        notes.append(f"--image-size changes nothing: {model.name} resizes every picture to {side}x{side}")
+    longest = model.facts.max_position_embeddings
+    if arguments.max_model_len and arguments.max_model_len > longest:
+        notes.append(
+            f"--max-model-len {arguments.max_model_len} is beyond the {longest} positions the model was made for"
+        )
+    return notes
+
+
+def _rendered(plan: Plan, form: str) -> str:
+    if form == "json":
+        return json.dumps(plan.to_dict(), indent=2) + "\n"
+    if form == "device-map":
+        try:
+            return dump_mapping(plan.device_map)
+        except ValueError as problem:
+            raise ConstraintError(f"--format device-map: {problem}") from problem
+    return plan.to_yaml()
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Say what is wrong with -o before any work is done."""
+    output: Path | None = arguments.output
+    if output is None:
+        return
+    if output.exists() and not arguments.force:
+        raise ConstraintError(f"{output} exists: choose another -o FILE, or overwrite it with --force")
+    if not output.parent.is_dir():
+        raise ConstraintError(f"{output.parent} is no folder: create it before writing {output.name} there")
+
+
+def _write(text: str, output: Path | None) -> None:
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        write_atomically(output, text)
+    except OSError as problem:
+        raise SourceError(f"{output} cannot be written: {problem.strerror}") from problem

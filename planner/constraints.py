@@ -1,0 +1,114 @@
+"""What a placement must respect beyond memory: pins, co-locations, and the order of stages.
+
+Fusions turn groups into units that are placed whole. A unit takes the place of its first member in execution order;
+a co-located member from elsewhere (a tied head, say) comes along without breaking that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import networkx as nx
+
+from planner.errors import ConstraintError
+from planner.graph import ModuleGraph, dependency_graph
+from planner.machine import Machine
+from planner.paths import contains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """What the user asks for. `pins` maps a module's FQN to a device's position on the machine.
+
+    `split_vision` lifts the fusions that are defaults and keeps those that an op demands.
+    """
+
+    pins: Mapping[str, int] = field(default_factory=dict)
+    split_vision: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Groups, by position in the graph, that must share a device, and the device they are pinned to, if any."""
+
+    members: tuple[int, ...]
+    pinned: int | None = None
+
+
+def units(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> tuple[Unit, ...]:
+    """The graph's groups merged by its fusions, in execution order, with the devices each may use.
+
+    Raises: ConstraintError when a pin names no module or no device, or pins contradict a co-location; ValueError
+    when the groups are not listed in an order in which they can run.
+    """
+    _check_order(graph)
+    pins = _bound_groups(graph, machine, constraints)
+    together: nx.Graph[str] = nx.Graph()
+    together.add_nodes_from(group.id for group in graph)
+    for fusion in graph.fusions:
+        if fusion.hard or not constraints.split_vision:
+            nx.add_path(together, fusion.operands)
+    position = {group.id: i for i, group in enumerate(graph)}
+    merged = sorted(tuple(sorted(position[name] for name in part)) for part in nx.connected_components(together))
+    return tuple(_unit(graph, members, pins) for members in merged)
+
+
+def _unit(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[int, tuple[str, int]]) -> Unit:
+    bound = dict(pins[member] for member in members if member in pins)
+    devices = set(bound.values())
+    if len(devices) > 1:
+        _refuse_contradiction(graph, members, bound)
+    return Unit(members=members, pinned=next(iter(devices), None))
+
+
+def _refuse_contradiction(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[str, int]) -> None:
+    names = {graph.groups[member].id for member in members}
+    reasons = [f"{fusion.op}: {fusion.reason}" for fusion in graph.fusions if names.issuperset(fusion.operands)]
+    asked = ", ".join(f"{name}={device}" for name, device in pins.items())
+    lift = "" if all(f.hard for f in graph.fusions if names.issuperset(f.operands)) else " (or lift it: --split-vision)"
+    raise ConstraintError(
+        f"pins {asked} contradict a co-location: these modules must share a device. {'; '.join(reasons)}. "
+        f"Pin them to one device{lift}."
+    )
+
+
+def _bound_groups(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> dict[int, tuple[str, int]]:
+    """Group position to the pin that binds it: its name and device."""
+    bound: dict[int, tuple[str, int]] = {}
+    for name, device in constraints.pins.items():
+        if not 0 <= device < len(machine.devices):
+            raise ConstraintError(
+                f"pin {name}={device} names a device that is not there: this machine has {len(machine.devices)}"
+                f" (0 to {len(machine.devices) - 1})"
+            )
+        matches = [i for i, group in enumerate(graph) if any(contains(name, module) for module in group.modules)]
+        if not matches:
+            raise ConstraintError(f"pin {name}={device} names no module of {graph.name}: {_near(name, graph)}")
+        for match in matches:
+            earlier, other = bound.setdefault(match, (name, device))
+            if other != device:
+                raise ConstraintError(
+                    f"pins {earlier}={other} and {name}={device} contradict each other: both hold "
+                    f"{graph.groups[match].id}. Drop one."
+                )
+    return bound
+
+
+def _near(name: str, graph: ModuleGraph) -> str:
+    modules = {module for group in graph for module in group.modules}
+    prefixes = {".".join(module.split(".")[: n + 1]) for module in modules for n in range(module.count(".") + 1)}
+    near = get_close_matches(name, sorted(prefixes), n=3)
+    tops = sorted({prefix for prefix in prefixes if "." not in prefix})
+    return f"did you mean {' or '.join(near)}?" if near else f"its top-level modules are {', '.join(tops)}"
+
+
+def _check_order(graph: ModuleGraph) -> None:
+    """Groups are listed in an order in which they can run: every tensor's producer before its consumers."""
+    position = {group.id: i for i, group in enumerate(graph)}
+    network = dependency_graph(graph)
+    backward = [(source, target) for source, target in network.edges if position[source] > position[target]]
+    if backward:
+        source, target = backward[0]
+        raise ValueError(f"{graph.name} lists {target} before {source}, whose output it needs: list groups as they run")

@@ -1,0 +1,172 @@
+"""The module dependency graph: what must be placed, what flows between it, and what must stay together.
+
+Groups are listed in execution order. Costs are polynomials in the workload's counts, so one graph answers any batch,
+image count and context; bytes already follow the dtypes the graph was built for. This file knows no machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import networkx as nx
+
+from planner.polynomial import ZERO, Polynomial
+
+Role = Literal["vision_encoder", "projector", "embedding", "decoder_layer", "norm", "head"]
+Phase = Literal["encode", "prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("encode", "prefill", "decode")
+
+INPUTS = "inputs"
+"""Producer of the flows that the caller hands to the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseCost:
+    """What one group costs in one phase.
+
+    Units: bytes alive at once while the group runs, its input and output included (`transient_bytes`); multiply-adds
+    counted as two (`flops`); activations and KV cache read, weights excluded (`read_bytes`).
+    """
+
+    transient_bytes: Polynomial = ZERO
+    flops: Polynomial = ZERO
+    read_bytes: Polynomial = ZERO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleGroup:
+    """What is placed as one: some modules, named by their FQNs, and what they cost wherever they are.
+
+    `module_list` names the list whose element the group is, such as `model.layers`; a device then holds a contiguous
+    run of that list. `kv_bytes_per_position` is per sequence.
+    """
+
+    id: str
+    modules: tuple[str, ...]
+    role: Role
+    weight_bytes: int
+    num_parameters: int
+    module_list: str | None = None
+    kv_bytes_per_position: int = 0
+    buffer_bytes: Polynomial = ZERO
+    logits_bytes: Polynomial = ZERO
+    encode: PhaseCost | None = None
+    prefill: PhaseCost | None = None
+    decode: PhaseCost | None = None
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ValueError(f"group {self.id!r} holds no modules: a group is one or more FQNs")
+        if min(self.weight_bytes, self.num_parameters, self.kv_bytes_per_position) < 0:
+            raise ValueError(f"group {self.id!r} has a negative cost: bytes and counts are zero or more")
+
+    def cost(self, phase: Phase) -> PhaseCost | None:
+        """The group's cost in `phase`, or None when it does not run then."""
+        return {"encode": self.encode, "prefill": self.prefill, "decode": self.decode}[phase]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """One tensor, its producer and all its consumers; sent once per destination device.
+
+    A `lasting` flow stays alive until its phase ends, on every device that produces or consumes it.
+    """
+
+    tensor: str
+    producer: str
+    consumers: tuple[str, ...]
+    phase: Phase
+    num_bytes: Polynomial
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """An op whose operands come from several groups and must share a device.
+
+    `hard` means that the op fails otherwise; a soft one is a default that a user may lift.
+    """
+
+    op: str
+    operands: tuple[str, ...]
+    reason: str
+    hard: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleGraph:
+    """A model as a placement problem sees it.
+
+    Raises: ValueError for a group named twice, a module in two groups, or a flow or fusion of an unknown group.
+    """
+
+    name: str
+    dtype: str
+    groups: tuple[ModuleGroup, ...]
+    flows: tuple[Flow, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
+
+    def __post_init__(self) -> None:
+        ids = [group.id for group in self.groups]
+        _refuse_repeats("group", ids)
+        _refuse_repeats("module", [module for group in self.groups for module in group.modules])
+        known = {*ids, INPUTS}
+        for flow in self.flows:
+            _refuse_unknown(f"flow {flow.tensor!r}", (flow.producer, *flow.consumers), known)
+        for fusion in self.fusions:
+            _refuse_unknown(f"fusion {fusion.op!r}", fusion.operands, set(ids))
+
+    def __iter__(self) -> Iterator[ModuleGroup]:
+        return iter(self.groups)
+
+    def group(self, group_id: str) -> ModuleGroup:
+        """The group of that id; KeyError when there is none."""
+        for group in self.groups:
+            if group.id == group_id:
+                return group
+        raise KeyError(group_id)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the graph's dtypes."""
+        return sum(group.weight_bytes for group in self.groups)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(group.num_parameters for group in self.groups)
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """KV cache bytes that one position of one sequence takes over all groups."""
+        return sum(group.kv_bytes_per_position for group in self.groups)
+
+
+def dependency_graph(graph: ModuleGraph) -> nx.DiGraph[str]:
+    """The groups as a networkx graph: an edge where a tensor of any phase flows, with its tensors' names.
+
+    Nodes carry `role`, `weight_bytes` and `modules`; node order is execution order.
+    """
+    network: nx.DiGraph[str] = nx.DiGraph(name=graph.name)
+    for group in graph:
+        network.add_node(group.id, role=group.role, weight_bytes=group.weight_bytes, modules=group.modules)
+    for flow in graph.flows:
+        for consumer in flow.consumers:
+            if INPUTS not in (flow.producer, consumer):
+                tensors = network.get_edge_data(flow.producer, consumer, {"tensors": ()})["tensors"]
+                network.add_edge(flow.producer, consumer, tensors=(*tensors, flow.tensor))
+    return network
+
+
+def _refuse_repeats(what: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise ValueError(f"{what} named more than once: {', '.join(repeated)}")
+
+
+def _refuse_unknown(what: str, names: tuple[str, ...], known: set[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{what} names unknown groups: {', '.join(unknown)}")

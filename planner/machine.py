@@ -1,0 +1,280 @@
+"""What a model can be placed on: devices with free memory, and how fast they are when that is known.
+
+Read from shorthand (`2x24GiB`, `rtx4090,a100-80g`), from a YAML file, or built by a probe elsewhere; nothing here
+talks to a driver.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from planner.errors import MachineError
+from planner.textfile import parse_mapping, read_mapping
+from planner.units import MIB, format_bytes, parse_bytes, shorthand
+
+CONTEXT_BYTES = 500 * MIB
+"""A CUDA context with its kernels: 0.4 to 0.6 GiB on the GPUs where it was read off (see docs/design.md)."""
+
+RESERVE_BYTES = 512 * MIB
+"""Kept free on every device by default, for what no plan can foresee."""
+
+MAX_DEVICES = 64
+_ITEM = re.compile(r"(?:(\d+)\s*x\s*)?(\S.*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU. `memory_bytes` is free to us before context and reserve; None for a speed means unknown.
+
+    Raises: ValueError for a negative size or one that context and reserve use up.
+    """
+
+    index: int
+    memory_bytes: int
+    host: str = ""
+    kind: str | None = None
+    uuid: str | None = None
+    context_bytes: int = CONTEXT_BYTES
+    reserve_bytes: int = RESERVE_BYTES
+    bandwidth_bytes_per_s: float | None = None
+    flops_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.memory_bytes, self.context_bytes, self.reserve_bytes) < 0:
+            raise ValueError(f"{self.name} has a negative size: bytes are zero or more")
+
+    @property
+    def name(self) -> str:
+        """`cuda:1`, or `host/cuda:1` where there are several hosts."""
+        return f"{self.host}/cuda:{self.index}" if self.host else f"cuda:{self.index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One directed connection between two devices, by name."""
+
+    source: str
+    target: str
+    bandwidth_bytes_per_s: float
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Devices in index order, and the links between them that are known.
+
+    Raises: ValueError when there is no device, one is named twice, or a link names an unknown one.
+    """
+
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [device.name for device in self.devices]
+        if not names:
+            raise ValueError("a machine needs at least one device")
+        if len(set(names)) < len(names):
+            raise ValueError(f"devices named twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        unknown = {end for link in self.links for end in (link.source, link.target)} - set(names)
+        if unknown:
+            raise ValueError(f"links name unknown devices {', '.join(sorted(unknown))}: known are {', '.join(names)}")
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host names in order of appearance; one empty name for a single host."""
+        return tuple(dict.fromkeys(device.host for device in self.devices))
+
+    @classmethod
+    def parse(cls, spec: str) -> Machine:
+        """The machine that shorthand describes.
+
+        `SPEC` is hosts separated by `/`, items by `,` or `+`; an item is `[COUNT x](SIZE | PRESET)`. Indices count
+        from 0 on each host.
+        Raises: MachineError for a count of zero, a size without a unit, or an unknown preset.
+        """
+        devices: list[Device] = []
+        parts = spec.split("/")
+        for part in parts:
+            host, separator, items = part.rpartition("=")
+            if len(parts) > 1 and not separator:
+                raise MachineError(f"host {part!r} in {spec!r} has no name: write a=2x24GiB/b=2x24GiB")
+            devices += _parse_host(items, host.strip(), spec)
+        return _checked(devices, (), f"--gpus {spec}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Machine:
+        """The machine that a YAML file describes (see examples/machines/).
+
+        Raises: MachineError naming the file and the entry.
+        """
+        return cls.from_dict(read_mapping(Path(path), "machine file", MachineError), f"machine file {path}")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "machine") -> Machine:
+        """The machine of a mapping as `to_dict` writes it; presets fill what an entry leaves out."""
+        entries = content.get("devices")
+        if not isinstance(entries, list) or not entries:
+            raise MachineError(f"{where} has no devices: give a list `devices:` with a memory or kind for each")
+        _refuse_unknown_keys(content, {"devices", "links", "format"}, where)
+        counted: dict[str, int] = {}
+        devices = []
+        for position, entry in enumerate(entries):
+            place = f"{where}, devices[{position}]"
+            if not isinstance(entry, dict):
+                raise MachineError(f"{place} is {entry!r}, not a mapping with memory or kind")
+            host = str(entry.get("host", ""))
+            devices.append(_device_from(entry, counted.get(host, 0), place))
+            counted[host] = devices[-1].index + 1
+        links = [_link_from(entry, f"{where}, links[{i}]") for i, entry in enumerate(content.get("links") or ())]
+        return _checked(devices, links, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back to an equal machine."""
+        content: dict[str, Any] = {"devices": [_device_to(device) for device in self.devices]}
+        if self.links:
+            content["links"] = [
+                {field.name: getattr(link, field.name) for field in fields(link)} for link in self.links
+            ]
+        return content
+
+    def with_overheads(self, *, context_bytes: int | None = None, reserve_bytes: int | None = None) -> Machine:
+        """The same machine with another context or reserve on every device; None leaves what is there."""
+        changes = {"context_bytes": context_bytes, "reserve_bytes": reserve_bytes}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, devices=tuple(replace(device, **given) for device in self.devices))
+
+    def limited(self, max_memory: Mapping[int, int]) -> Machine:
+        """The same machine where the devices at these positions have at most so many bytes.
+
+        Raises: MachineError for a position the machine does not have.
+        """
+        unknown = sorted(set(max_memory) - set(range(len(self.devices))))
+        if unknown:
+            raise MachineError(f"--max-memory names device {unknown[0]}: this machine has {_range(len(self.devices))}")
+        return replace(
+            self,
+            devices=tuple(
+                replace(device, memory_bytes=min(device.memory_bytes, max_memory.get(position, device.memory_bytes)))
+                for position, device in enumerate(self.devices)
+            ),
+        )
+
+
+def describe(device: Device) -> str:
+    """`cuda:0 (rtx4090, 23.64 GiB)`."""
+    return f"{device.name} ({device.kind + ', ' if device.kind else ''}{format_bytes(device.memory_bytes)})"
+
+
+@cache
+def gpu_presets() -> dict[str, dict[str, Any]]:
+    """The table of known GPU models: name to memory, bandwidth and FLOP/s."""
+    text = Path(__file__).with_name("gpus.yaml").read_text(encoding="utf-8")
+    return {str(name): entry for name, entry in parse_mapping(text, "gpus.yaml", MachineError).items()}
+
+
+def _parse_host(items: str, host: str, spec: str) -> list[Device]:
+    devices: list[Device] = []
+    for item in re.split(r"[,+]", items):
+        match = _ITEM.fullmatch(item.strip())
+        if match is None:
+            raise MachineError(f"--gpus {spec!r} has an empty item: write 2x24GiB or rtx4090,a100-80g")
+        count = int(match[1] or 1)
+        if not 1 <= count <= MAX_DEVICES:
+            raise MachineError(f"--gpus {spec!r} asks for {count} devices in {item.strip()!r}: 1 to {MAX_DEVICES}")
+        entry = _shorthand_entry(match[2].strip(), spec)
+        devices += [_device_from({**entry, "host": host}, len(devices) + i, f"--gpus {spec}") for i in range(count)]
+    return devices
+
+
+def _shorthand_entry(text: str, spec: str) -> dict[str, Any]:
+    if text.lower() in gpu_presets():
+        return {"kind": text.lower()}
+    if text[:1].isdigit():
+        return {"memory": text}
+    near = get_close_matches(text.lower(), gpu_presets(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(gpu_presets())}"
+    raise MachineError(f"--gpus {spec!r} names the unknown GPU {text!r}: {hint} A size works too, such as 24GiB.")
+
+
+def _device_from(entry: Mapping[str, Any], index: int, where: str) -> Device:
+    _refuse_unknown_keys(entry, {"index", "host", "kind", "uuid", *_MEASURES}, where)
+    kind = entry.get("kind")
+    if kind is not None and kind not in gpu_presets() and "memory" not in entry:
+        raise MachineError(f"{where} has the unknown kind {kind!r} and no memory: known are {', '.join(gpu_presets())}")
+    values = {**gpu_presets().get(str(kind), {}), **entry}
+    if "memory" not in values:
+        raise MachineError(f"{where} has no memory: write memory: 24GiB, or kind: one of {', '.join(gpu_presets())}")
+    measured = {field: _measure(values[key], key, where) for key, field in _MEASURES.items() if key in values}
+    if not measured["memory_bytes"]:
+        raise MachineError(f"{where} has {values['memory']} of memory: a device has more than zero bytes")
+    index = int(values.get("index", index))
+    uuid = values.get("uuid")
+    return Device(index=index, host=str(entry.get("host", "")), kind=kind, uuid=uuid, **measured)
+
+
+_MEASURES = {
+    "memory": "memory_bytes",
+    "context": "context_bytes",
+    "reserve": "reserve_bytes",
+    "bandwidth": "bandwidth_bytes_per_s",
+    "flops": "flops_per_s",
+}
+
+
+def _measure(value: Any, key: str, where: str) -> Any:
+    """A size in bytes, or FLOP/s as a float; a bandwidth may be written with `/s`."""
+    try:
+        if key == "flops":
+            return float(value)
+        return parse_bytes(str(value).removesuffix("/s"))
+    except ValueError as problem:
+        raise MachineError(f"{where}, {key}: {problem}") from problem
+
+
+def _device_to(device: Device) -> dict[str, Any]:
+    entry: dict[str, Any] = {"index": device.index}
+    for name in ("host", "kind", "uuid"):
+        if getattr(device, name):
+            entry[name] = getattr(device, name)
+    for key, field in _MEASURES.items():
+        value = getattr(device, field)
+        if value is not None:
+            entry[key] = value if key == "flops" else shorthand(int(value))
+    return entry
+
+
+def _link_from(entry: Any, where: str) -> Link:
+    try:
+        return Link(
+            source=str(entry["source"]),
+            target=str(entry["target"]),
+            bandwidth_bytes_per_s=float(entry["bandwidth_bytes_per_s"]),
+            latency_s=float(entry.get("latency_s", 0.0)),
+        )
+    except (KeyError, TypeError, ValueError) as problem:
+        raise MachineError(
+            f"{where} is {entry!r}: a link has source and target (device names) and bandwidth_bytes_per_s"
+        ) from problem
+
+
+def _checked(devices: Iterable[Device], links: Iterable[Link], where: str) -> Machine:
+    try:
+        return Machine(devices=tuple(devices), links=tuple(links))
+    except ValueError as problem:
+        raise MachineError(f"{where}: {problem}") from problem
+
+
+def _refuse_unknown_keys(content: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in content if key not in known)
+    if unknown:
+        raise MachineError(f"{where} has unknown keys {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+
+
+def _range(count: int) -> str:
+    return "only device 0" if count == 1 else f"devices 0 to {count - 1}"

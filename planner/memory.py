@@ -1,0 +1,171 @@
+"""Bytes that a set of groups takes on one device under one workload, always by the same eight parts.
+
+Activations do not add up along a stage: they are a maximum over time. A device's activation peak is, over the phases,
+the largest of its lasting flows plus the hungriest single group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from planner.graph import PHASES, Flow, ModuleGraph, ModuleGroup
+from planner.machine import Device
+from planner.polynomial import Quantities
+from planner.units import MIB
+
+WORKSPACE_BYTES = 32 * MIB + 20 * MIB
+"""cuBLAS workspace and allocator rounding, per device.
+
+Source: PyTorch takes 32 MiB for cuBLAS on Hopper and 8.1 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp), and its
+allocator takes segments of 20 MiB for what is below 10 MiB (c10/cuda/CUDACachingAllocator.cpp, kLargeBuffer).
+"""
+
+
+LABELS = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "logits": "logits",
+    "buffers": "buffers",
+    "workspace": "workspace",
+    "context": "context",
+    "reserve": "reserve",
+}
+"""What each part is called in text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBreakdown:
+    """Peak bytes of one device by part; `total_bytes` is their sum."""
+
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+    activations_bytes: int = 0
+    logits_bytes: int = 0
+    buffers_bytes: int = 0
+    workspace_bytes: int = 0
+    context_bytes: int = 0
+    reserve_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All eight parts together."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Part name without its unit, to bytes, in the fixed order."""
+        return {part.name.removesuffix("_bytes"): getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLoad:
+    """One group's polynomials evaluated for one workload; `transient_bytes` by phase, in the order of `PHASES`."""
+
+    group: ModuleGroup
+    weights_bytes: int
+    kv_bytes_per_position: int
+    buffers_bytes: int
+    logits_bytes: int
+    transient_bytes: tuple[int, ...]
+    flows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostTable:
+    """Every group of a graph under one workload, evaluated once.
+
+    `lasting_bytes` holds, per lasting flow, its phase's position in `PHASES` and its bytes; `GroupLoad.flows` index
+    into it. `kv_bytes_per_position` counts the whole batch.
+    """
+
+    loads: tuple[GroupLoad, ...]
+    lasting_bytes: tuple[tuple[int, int], ...]
+    positions: int
+
+    @classmethod
+    def of(cls, graph: ModuleGraph, quantities: Quantities) -> CostTable:
+        """The table of `graph` for the workload that `quantities` counts."""
+        lasting = [flow for flow in graph.flows if flow.lasting]
+        return cls(
+            loads=tuple(_load(group, lasting, quantities) for group in graph),
+            lasting_bytes=tuple((PHASES.index(flow.phase), flow.num_bytes(quantities)) for flow in lasting),
+            positions=quantities.positions,
+        )
+
+    def on_device(self, members: Iterable[int], device: Device) -> MemoryBreakdown:
+        """What `device` peaks at when it holds the groups at these positions; an unused device costs nothing."""
+        stage = StageLoad(self)
+        for member in members:
+            stage.add(member)
+        return stage.breakdown(device)
+
+
+class StageLoad:
+    """A running sum over the groups of one stage, so that growing a stage by one group costs one addition."""
+
+    def __init__(self, table: CostTable) -> None:
+        self._table = table
+        self._flows: set[int] = set()
+        self._lasting = [0] * len(PHASES)
+        self._transient = [0] * len(PHASES)
+        self._count = 0
+        self.weights_bytes = 0
+        self.kv_bytes_per_position = 0
+        self.buffers_bytes = 0
+        self.logits_bytes = 0
+
+    def add(self, member: int) -> None:
+        """Take in the group at this position of the table."""
+        load = self._table.loads[member]
+        self._count += 1
+        self.weights_bytes += load.weights_bytes
+        self.kv_bytes_per_position += load.kv_bytes_per_position
+        self.buffers_bytes += load.buffers_bytes
+        self.logits_bytes += load.logits_bytes
+        self._transient = [max(pair) for pair in zip(self._transient, load.transient_bytes, strict=True)]
+        for flow in load.flows:
+            if flow not in self._flows:
+                self._flows.add(flow)
+                phase, num_bytes = self._table.lasting_bytes[flow]
+                self._lasting[phase] += num_bytes
+
+    @property
+    def activations_bytes(self) -> int:
+        """The largest, over the phases, of what lasts plus what is transient."""
+        return max(lasting + transient for lasting, transient in zip(self._lasting, self._transient, strict=True))
+
+    @property
+    def load_bytes(self) -> int:
+        """Everything but the device's own overheads."""
+        kv_cache_bytes = self.kv_bytes_per_position * self._table.positions
+        return self.weights_bytes + kv_cache_bytes + self.activations_bytes + self.logits_bytes + self.buffers_bytes
+
+    def breakdown(self, device: Device) -> MemoryBreakdown:
+        """The stage's eight parts on `device`."""
+        if not self._count:
+            return MemoryBreakdown()
+        return MemoryBreakdown(
+            weights_bytes=self.weights_bytes,
+            kv_cache_bytes=self.kv_bytes_per_position * self._table.positions,
+            activations_bytes=self.activations_bytes,
+            logits_bytes=self.logits_bytes,
+            buffers_bytes=self.buffers_bytes,
+            workspace_bytes=WORKSPACE_BYTES,
+            context_bytes=device.context_bytes,
+            reserve_bytes=device.reserve_bytes,
+        )
+
+
+def _load(group: ModuleGroup, lasting: list[Flow], quantities: Quantities) -> GroupLoad:
+    costs = [group.cost(phase) for phase in PHASES]
+    return GroupLoad(
+        group=group,
+        weights_bytes=group.weight_bytes,
+        kv_bytes_per_position=group.kv_bytes_per_position * quantities.batch,
+        buffers_bytes=group.buffer_bytes(quantities),
+        logits_bytes=group.logits_bytes(quantities),
+        transient_bytes=tuple(cost.transient_bytes(quantities) if cost else 0 for cost in costs),
+        flows=tuple(i for i, flow in enumerate(lasting) if group.id in (flow.producer, *flow.consumers)),
+    )

@@ -1,0 +1,297 @@
+"""The answer, and why: a value that is written to YAML, read back equal, and obeyed by whatever loads the model.
+
+The same question gives the same bytes: no time, host name or date is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from planner.errors import MachineError, PlanMismatchError, SourceError
+from planner.graph import INPUTS, ModuleGraph
+from planner.machine import Machine
+from planner.memory import MemoryBreakdown
+from planner.paths import collapse
+from planner.polynomial import Quantities
+from planner.problem import Problem, Solution, evaluate
+from planner.textfile import dump_mapping, parse_mapping, read_mapping, write_atomically
+from planner.workload import Workload
+
+FORMAT = "plan-devices/1"
+
+DeviceKey = int | str
+"""What a device map's values are: an index on a single host, `host/cuda:1` where there are several."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """Which model the plan is for, in the plan's own dtype."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A contiguous part of the model on one device, in execution order; `modules` are device-map keys."""
+
+    device: DeviceKey
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary:
+    """One tensor that crosses from one device to another, once per pass of its phase."""
+
+    source: DeviceKey
+    target: DeviceKey
+    tensor: str
+    phase: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverReport:
+    """How good the placement provably is: `objective` is extra KV positions per sequence, `bound` the best possible."""
+
+    status: str
+    objective: str
+    value: int
+    bound: int
+    gap: float
+    method: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where every module goes, what that costs, and what was asked.
+
+    `placement` maps modules to devices in its shortest form; `device_map` is the same for a single host.
+    """
+
+    model: ModelSummary
+    machine: Machine
+    workload: Workload
+    quantities: Quantities
+    placement: Mapping[str, DeviceKey]
+    input_devices: Mapping[str, DeviceKey]
+    stages: tuple[Stage, ...]
+    boundaries: tuple[Boundary, ...]
+    memory: Mapping[DeviceKey, MemoryBreakdown]
+    kv_tokens: int | None
+    solver: SolverReport
+    fingerprint: str
+    proof: Mapping[str, str] = field(default_factory=lambda: {"status": "unproven"})
+
+    @property
+    def device_map(self) -> dict[str, DeviceKey]:
+        """What transformers' `from_pretrained(device_map=...)` takes.
+
+        Raises: ValueError for a plan over several hosts, where `device_map_for(host)` answers.
+        """
+        if len(self.machine.hosts) > 1:
+            raise ValueError(f"the plan spans hosts {', '.join(self.machine.hosts)}: use device_map_for(host)")
+        return dict(self.placement)
+
+    def device_map_for(self, host: str) -> dict[str, int]:
+        """The part of the map that lies on `host`, with that host's own device indices.
+
+        Raises: ValueError for a host that the machine does not have.
+        """
+        if host not in self.machine.hosts:
+            raise ValueError(f"no host {host!r} in this plan: hosts are {', '.join(self.machine.hosts) or 'unnamed'}")
+        index = {device_key(self.machine, p): d.index for p, d in enumerate(self.machine.devices) if d.host == host}
+        return {module: index[key] for module, key in self.placement.items() if key in index}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the plan file's order."""
+        return {
+            "format": FORMAT,
+            "model": asdict(self.model),
+            "machine": self.machine.to_dict(),
+            "workload": _workload_to(self.workload),
+            "quantities": asdict(self.quantities),
+            "device_map": dict(self.placement),
+            "input_devices": dict(self.input_devices),
+            "stages": [{"device": s.device, "modules": list(s.modules)} for s in self.stages],
+            "boundaries": [asdict(boundary) for boundary in self.boundaries],
+            "memory": {key: {**asdict(part), "total_bytes": part.total_bytes} for key, part in self.memory.items()},
+            "capacity": {"kv_tokens": self.kv_tokens},
+            "estimate": {"ttft_s": None, "tpot_s": None, "tokens_per_s": None},
+            "solver": asdict(self.solver),
+            "proof": dict(self.proof),
+            "fingerprints": {"model": self.fingerprint},
+        }
+
+    def to_yaml(self) -> str:
+        """The plan file's text."""
+        return dump_mapping(self.to_dict())
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan file atomically."""
+        write_atomically(Path(path), self.to_yaml())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan in a YAML or JSON file.
+
+        Raises: SourceError when it cannot be read, is of another format, or lacks a part.
+        """
+        return cls.from_dict(read_mapping(Path(path), "plan", SourceError), f"plan {path}")
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Plan:
+        """The plan in a text."""
+        return cls.from_dict(parse_mapping(text, "plan", SourceError), "plan")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "plan") -> Plan:
+        """The inverse of `to_dict`; derived parts are read as they stand."""
+        if content.get("format") != FORMAT:
+            raise SourceError(f"{where} has format {content.get('format')!r}: this version reads {FORMAT}")
+        try:
+            return _plan_from(content)
+        except (KeyError, TypeError, ValueError, AttributeError, MachineError) as problem:
+            detail = f"lacks {problem}" if isinstance(problem, KeyError) else str(problem)
+            raise SourceError(
+                f"{where} is damaged: {detail}. Make it anew with plan-devices MODEL -o FILE"
+            ) from problem
+
+    def check_model(self, fingerprint: str, what: str) -> None:
+        """Refuse a model other than the one planned.
+
+        Raises: PlanMismatchError.
+        """
+        if fingerprint != self.fingerprint:
+            raise PlanMismatchError(
+                f"the plan is for {self.model.name} ({self.fingerprint}), and {what} has other weights "
+                f"({fingerprint}). Plan that checkpoint: plan-devices {what} --gpus ..."
+            )
+
+
+def device_key(machine: Machine, position: int) -> DeviceKey:
+    """The device's value in maps: its index on a single host, its full name otherwise."""
+    device = machine.devices[position]
+    return device.name if len(machine.hosts) > 1 else device.index
+
+
+def make_plan(
+    problem: Problem, solution: Solution, *, model: ModelSummary, workload: Workload, fingerprint: str
+) -> Plan:
+    """The plan that a solution amounts to."""
+    graph, machine = problem.graph, problem.machine
+    keys = {
+        graph.groups[member].id: device_key(machine, stage.device)
+        for stage in solution.stages
+        for member in stage.members
+    }
+    evaluation = evaluate(problem, solution.stages)
+    home = _inputs_home(graph, keys)
+    gap = (solution.bound - solution.extra_positions) / max(solution.bound, 1)
+    return Plan(
+        model=model,
+        machine=machine,
+        workload=workload,
+        quantities=problem.quantities,
+        placement=collapse({module: keys[group.id] for group in graph for module in group.modules}),
+        input_devices=_input_devices(graph, keys),
+        stages=tuple(_stage(problem, stage.device, stage.members) for stage in solution.stages),
+        boundaries=_boundaries(problem, {**keys, INPUTS: home}),
+        memory={device_key(machine, position): part for position, part in enumerate(evaluation.memory)},
+        kv_tokens=evaluation.kv_positions,
+        solver=SolverReport(
+            status=solution.status,
+            objective="balance",
+            value=solution.extra_positions,
+            bound=solution.bound,
+            gap=gap,
+            method=solution.method,
+        ),
+        fingerprint=fingerprint,
+    )
+
+
+def _stage(problem: Problem, position: int, members: tuple[int, ...]) -> Stage:
+    key = device_key(problem.machine, position)
+    modules = tuple(module for member in members for module in problem.graph.groups[member].modules)
+    return Stage(device=key, modules=tuple(collapse_within(modules, problem.graph)))
+
+
+def collapse_within(modules: tuple[str, ...], graph: ModuleGraph) -> list[str]:
+    """The shortest list of modules that says `modules`, seen against the whole graph's modules."""
+    chosen = set(modules)
+    marked = collapse({module: module in chosen for group in graph for module in group.modules})
+    return [module for module, inside in marked.items() if inside]
+
+
+def _input_devices(graph: ModuleGraph, keys: Mapping[str, DeviceKey]) -> dict[str, DeviceKey]:
+    """Every tensor that the caller hands in, and the device of its first consumer."""
+    devices: dict[str, DeviceKey] = {}
+    for flow in graph.flows:
+        if flow.producer == INPUTS:
+            devices.setdefault(flow.tensor, keys[flow.consumers[0]])
+    return devices
+
+
+def _inputs_home(graph: ModuleGraph, keys: Mapping[str, DeviceKey]) -> DeviceKey:
+    """Where results return to: the device that takes the prompt."""
+    devices = _input_devices(graph, keys)
+    return devices.get("input_ids", next(iter(keys.values())))
+
+
+def _boundaries(problem: Problem, keys: Mapping[str, DeviceKey]) -> tuple[Boundary, ...]:
+    """Each crossing tensor once per phase and destination device, as the lean boundaries send it."""
+    found: dict[tuple[str, str, DeviceKey, DeviceKey], int] = {}
+    for flow in problem.graph.flows:
+        if flow.producer == INPUTS:
+            continue
+        for target in dict.fromkeys(keys[consumer] for consumer in flow.consumers):
+            source = keys[flow.producer]
+            if source != target:
+                found.setdefault((flow.phase, flow.tensor, source, target), flow.num_bytes(problem.quantities))
+    return tuple(
+        Boundary(phase=phase, tensor=tensor, source=source, target=target, num_bytes=num_bytes)
+        for (phase, tensor, source, target), num_bytes in found.items()
+    )
+
+
+def _workload_to(workload: Workload) -> dict[str, Any]:
+    content = asdict(workload)
+    content["image_size"] = list(workload.image_size) if workload.image_size else None
+    return content
+
+
+def _plan_from(content: Mapping[str, Any]) -> Plan:
+    workload = dict(content["workload"])
+    if workload.get("image_size"):
+        workload["image_size"] = tuple(workload["image_size"])
+    return Plan(
+        model=ModelSummary(**content["model"]),
+        machine=Machine.from_dict(content["machine"]),
+        workload=Workload(**workload),
+        quantities=Quantities(**content["quantities"]),
+        placement=content["device_map"],
+        input_devices=content["input_devices"],
+        stages=tuple(Stage(device=s["device"], modules=tuple(s["modules"])) for s in content["stages"]),
+        boundaries=tuple(Boundary(**boundary) for boundary in content["boundaries"]),
+        memory={_key_from(key): _memory_from(parts) for key, parts in content["memory"].items()},
+        kv_tokens=content["capacity"]["kv_tokens"],
+        solver=SolverReport(**content["solver"]),
+        fingerprint=content["fingerprints"]["model"],
+        proof=content["proof"],
+    )
+
+
+def _memory_from(parts: Mapping[str, int]) -> MemoryBreakdown:
+    return MemoryBreakdown(**{part.name: int(parts[part.name]) for part in fields(MemoryBreakdown)})
+
+
+def _key_from(key: DeviceKey) -> DeviceKey:
+    """JSON knows no integer keys; a device map does."""
+    return int(key) if isinstance(key, str) and key.isdigit() else key

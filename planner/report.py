@@ -1,0 +1,192 @@
+"""A plan as a person reads it in a terminal: rich renderables. Never prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from planner.machine import Device
+from planner.memory import LABELS, MemoryBreakdown
+from planner.plan import Boundary, DeviceKey, Plan, device_key
+from planner.units import GIB, format_bytes
+
+BAR_CELLS = 40
+DEVICES_PER_TABLE = 8
+_PARTS = {
+    "weights": ("█", "cyan"),
+    "kv_cache": ("▓", "green"),
+    "activations": ("▒", "yellow"),
+    "logits": ("▒", "magenta"),
+    "buffers": ("▒", "blue"),
+    "workspace": ("░", "bright_black"),
+    "context": ("░", "bright_black"),
+    "reserve": ("░", "white"),
+}
+_LIST_ITEM = re.compile(r"(.*)\.(\d+)")
+
+
+def report(plan: Plan) -> RenderableType:
+    """Everything a plan has to say, top to bottom: model, workload, devices, memory by part, boundaries, verdict."""
+    return Group(
+        _headline(plan),
+        Text(),
+        _device_table(plan),
+        Text(),
+        *_memory_tables(plan),
+        Text(),
+        *_boundary_lines(plan),
+        *_verdict(plan),
+    )
+
+
+def _headline(plan: Plan) -> Text:
+    model, workload, counts = plan.model, plan.workload, plan.quantities
+    text = Text(f"{model.name}", style="bold")
+    text.append(
+        f"  {model.architecture}, {model.num_parameters / 1e9:.2f} B parameters, {model.dtype}, "
+        f"{format_bytes(model.weight_bytes)} of weights\n",
+        style="not bold",
+    )
+    images = (
+        f"{counts.images} image{'s'[: counts.images != 1]} ({counts.image_tokens} positions), " if counts.images else ""
+    )
+    text.append(
+        f"for batch {workload.batch_size}, {images}{workload.prompt_tokens} prompt + {workload.new_tokens} new tokens, "
+        f"KV cache of {counts.positions} positions",
+        style="not bold",
+    )
+    return text
+
+
+def _device_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for position, device in enumerate(plan.machine.devices):
+        key = device_key(plan.machine, position)
+        peak = plan.memory[key]
+        sizes = f" {_gib(peak.total_bytes)} of {_gib(device.memory_bytes)} GiB"
+        table.add_row(Text(device.name, style="bold"), Text.assemble(memory_bar(peak, device.memory_bytes), sizes))
+        table.add_row(Text(device.kind or "", style="dim"), ", ".join(short_names(_modules_on(plan, key))) or "nothing")
+    return table
+
+
+def memory_bar(peak: MemoryBreakdown, memory_bytes: int) -> Text:
+    """`BAR_CELLS` cells for the whole device, filled part by part; more than fits ends in `!`."""
+    bar = Text()
+    filled, cells = 0, 0
+    for name, num_bytes in peak.parts.items():
+        filled += num_bytes
+        end = min(BAR_CELLS, round(filled / memory_bytes * BAR_CELLS))
+        glyph, style = _PARTS[name]
+        bar.append(glyph * (end - cells), style=style)
+        cells = end
+    if peak.total_bytes > memory_bytes:
+        return bar[:-1] + Text("!", style="bold red")
+    bar.append("·" * (BAR_CELLS - cells), style="bright_black")
+    return bar
+
+
+def _memory_tables(plan: Plan) -> Iterator[Table]:
+    """Parts as rows, devices as columns, in tables narrow enough for a terminal."""
+    devices = list(enumerate(plan.machine.devices))
+    for start in range(0, len(devices), DEVICES_PER_TABLE):
+        yield _memory_table(plan, devices[start : start + DEVICES_PER_TABLE])
+
+
+def _memory_table(plan: Plan, devices: list[tuple[int, Device]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("GiB at peak", no_wrap=True)
+    peaks = [plan.memory[device_key(plan.machine, position)] for position, _ in devices]
+    for _, device in devices:
+        table.add_column(device.name, justify="right", no_wrap=True)
+    for part, (glyph, style) in _PARTS.items():
+        table.add_row(Text.assemble((glyph, style), f" {LABELS[part]}"), *(_gib(peak.parts[part]) for peak in peaks))
+    free = (device.memory_bytes - peak.total_bytes for (_, device), peak in zip(devices, peaks, strict=True))
+    table.add_row(Text.assemble(("·", "bright_black"), " free"), *(_gib(num_bytes) for num_bytes in free))
+    return table
+
+
+def _boundary_lines(plan: Plan) -> Iterator[Text]:
+    """One line per pair of devices: what crosses per phase."""
+    pairs: dict[tuple[DeviceKey, DeviceKey], list[Boundary]] = {}
+    for boundary in plan.boundaries:
+        pairs.setdefault((boundary.source, boundary.target), []).append(boundary)
+    for (source, target), crossing in pairs.items():
+        sums: dict[str, int] = {}
+        for boundary in crossing:
+            sums[boundary.phase] = sums.get(boundary.phase, 0) + boundary.num_bytes
+        tensors = ", ".join(dict.fromkeys(boundary.tensor for boundary in crossing))
+        amounts = ", ".join(f"{format_bytes(num_bytes)} per {_PER[phase]}" for phase, num_bytes in sums.items())
+        yield Text(f"{_name(plan, source)} -> {_name(plan, target)}: {amounts} ({tensors})")
+
+
+_PER = {"encode": "image pass", "prefill": "prompt", "decode": "token"}
+
+
+def _verdict(plan: Plan) -> Iterator[Text]:
+    if plan.kv_tokens is not None:
+        binding = min(
+            (position for position in range(len(plan.machine.devices))),
+            key=lambda position: _room(plan, position),
+        )
+        peak = plan.memory[device_key(plan.machine, binding)]
+        largest = max(peak.parts, key=lambda name: peak.parts[name])
+        yield Text(
+            f"Room for {plan.kv_tokens:,} KV positions per sequence; {plan.machine.devices[binding].name} binds first, "
+            f"its largest part is its {LABELS[largest]}."
+        )
+    solver = plan.solver
+    yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
+    if plan.proof.get("status") != "proven":
+        yield Text(
+            'Not proven by a run: load_sharded(FOLDER, plan, devices="virtual") runs this plan on virtual GPUs first.',
+            style="yellow",
+        )
+
+
+def _room(plan: Plan, position: int) -> float:
+    """Fraction of the device that stays free; devices without KV cache cannot bind."""
+    device = plan.machine.devices[position]
+    peak = plan.memory[device_key(plan.machine, position)]
+    if not peak.kv_cache_bytes:
+        return float("inf")
+    return (device.memory_bytes - peak.total_bytes) / peak.kv_cache_bytes
+
+
+def short_names(modules: Iterable[str]) -> list[str]:
+    """Module names with runs of list elements joined: `model.layers.0`, `.1`, `.2` become `model.layers.0-2`."""
+    names: list[tuple[str, int | None, int | None]] = []
+    for module in modules:
+        match = _LIST_ITEM.fullmatch(module)
+        if match is None:
+            names.append((module, None, None))
+            continue
+        prefix, index = match[1], int(match[2])
+        if names and names[-1][0] == prefix and names[-1][2] == index - 1:
+            names[-1] = (prefix, names[-1][1], index)
+        else:
+            names.append((prefix, index, index))
+    return [_range(*name) for name in names]
+
+
+def _range(prefix: str, first: int | None, last: int | None) -> str:
+    if first is None:
+        return prefix
+    return f"{prefix}.{first}" if first == last else f"{prefix}.{first}-{last}"
+
+
+def _modules_on(plan: Plan, key: DeviceKey) -> list[str]:
+    return [module or "(everything)" for module, device in plan.placement.items() if device == key]
+
+
+def _name(plan: Plan, key: DeviceKey) -> str:
+    return next(d.name for p, d in enumerate(plan.machine.devices) if device_key(plan.machine, p) == key)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}" if abs(num_bytes) >= GIB / 20 else f"{num_bytes / GIB:.3f}"

@@ -1,0 +1,97 @@
+"""What really lies where: each planned module's devices and bytes, and a watch over the first forward.
+
+A user who debugs a placement step by step needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.errors import PlanMismatchError
+from planner.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePlacement:
+    """One entry of the device map: where it should be, the devices its tensors are on, and their bytes."""
+
+    module: str
+    planned: torch.device
+    found: tuple[torch.device, ...]
+    num_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is where it should be."""
+        return set(self.found) <= {self.planned}
+
+    def __str__(self) -> str:
+        found = ", ".join(map(str, self.found)) or "nothing"
+        return f"{self.module}: planned {self.planned}, found {found} ({format_bytes(self.num_bytes)})"
+
+
+def inspect_placement(model: nn.Module) -> tuple[ModulePlacement, ...]:
+    """Every entry of a loaded model's device map beside where its parameters and buffers are.
+
+    Raises: PlanMismatchError for a model that was not placed by a map.
+    """
+    device_map: Mapping[str, torch.device] | None = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        raise PlanMismatchError("this model has no device map: load it with load_sharded, or shard it first")
+    return tuple(_placement(model, name, device) for name, device in device_map.items())
+
+
+def verify_placement(model: nn.Module) -> None:
+    """Raise PlanMismatchError, naming every module, when any is not where the plan says."""
+    wrong = [placement for placement in inspect_placement(model) if not placement.ok]
+    if wrong:
+        raise PlanMismatchError("modules are not where the plan says:\n" + "\n".join(map(str, wrong)))
+
+
+def guard_first_forward(model: nn.Module) -> None:
+    """Watch the next forward of `model`: a module that gets a tensor from another device is named before its op fails.
+
+    The watch ends with that forward, whether it returns or raises.
+    Raises (from the forward): PlanMismatchError with the module, its device and the tensor's.
+    """
+    handles = [
+        module.register_forward_pre_hook(_check_arrival(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if module._parameters
+    ]
+    handles.append(model.register_forward_hook(lambda *_: _remove(handles), always_call=True))
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _check_arrival(name: str) -> Any:
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        device = next(iter(module.parameters(recurse=False))).device
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.dim() and value.device != device:
+                raise PlanMismatchError(
+                    f"{name} ({type(module).__name__}) lies on {device} and was given a tensor of shape "
+                    f"{tuple(value.shape)} on {value.device}. Its inputs must be moved there: put it beside what "
+                    "feeds it, or attach the plan's boundaries to it."
+                )
+
+    return check
+
+
+def _placement(model: nn.Module, name: str, device: torch.device) -> ModulePlacement:
+    module = model.get_submodule(name)
+    tensors = [*module.parameters(), *module.buffers()]
+    return ModulePlacement(
+        module=name,
+        planned=device,
+        found=tuple(dict.fromkeys(tensor.device for tensor in tensors)),
+        num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )

@@ -1,0 +1,161 @@
+"""What MODEL stands for: a folder or a catalogue name, its facts, and from them the graph and counts of a workload.
+
+Torch-free. An existing path wins over the catalogue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from planner.errors import ConstraintError, SourceError, UnsupportedModelError
+from planner.graph import ModuleGraph
+from planner.polynomial import Quantities
+from planner.workload import Workload
+from vlm.catalogue import lookup
+from vlm.checkpoint import Checkpoint, read_checkpoint
+from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts
+from vlm.internlm_xcomposer2.graph import Precision, build_graph
+
+ARCHITECTURES = ("InternLMXComposer2ForCausalLM", "InternLM2ForCausalLM")
+
+OPTIONAL_WEIGHTS = (f"{VISION}.post_layernorm.weight", f"{VISION}.post_layernorm.bias")
+"""Never used by the forward, and absent from some official checkpoints (lmdeploy materialises them by hand)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that can be planned. `checkpoint` is None for a catalogue name."""
+
+    name: str
+    origin: Literal["folder", "catalogue"]
+    facts: InternLM2Facts
+    default_dtype: str
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for any two sources of the same architecture at the same size: a hash of weight names and shapes."""
+        shapes = json.dumps([self.facts.architecture, *self.facts.tensor_shapes().items()])
+        return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+
+    def resolved(self, workload: Workload) -> Workload:
+        """`workload` with every "auto" and default decided for this model.
+
+        Raises: ConstraintError when `max_model_len` is shorter than the request.
+        """
+        dtype = self.default_dtype if workload.dtype == "auto" else workload.dtype
+        images = workload.num_images if self.facts.vision else 0
+        needed = workload.prompt_tokens + images * self._image_tokens + workload.new_tokens
+        length = needed if workload.max_model_len is None else workload.max_model_len
+        if length < needed:
+            raise ConstraintError(
+                f"max_model_len {length} is shorter than the request: {workload.prompt_tokens} prompt + "
+                f"{images * self._image_tokens} image + {workload.new_tokens} new = {needed} positions. "
+                f"Raise --max-model-len to {needed} or ask for less."
+            )
+        kv_dtype = dtype if workload.kv_dtype == "auto" else workload.kv_dtype
+        return replace(workload, dtype=dtype, kv_dtype=kv_dtype, num_images=images, max_model_len=length)
+
+    def quantities(self, workload: Workload) -> Quantities:
+        """The counts of a resolved workload."""
+        vision = self.facts.vision
+        return Quantities(
+            batch=workload.batch_size,
+            images=workload.num_images,
+            patches=workload.num_images * vision.sequence_length if vision else 0,
+            text_tokens=workload.prompt_tokens,
+            image_tokens=workload.num_images * self._image_tokens,
+            positions=workload.max_model_len or 0,
+        )
+
+    def graph(self, workload: Workload) -> ModuleGraph:
+        """The module graph in the dtypes and attention of a resolved workload."""
+        precision = Precision(
+            dtype=workload.dtype,
+            kv_dtype=workload.kv_dtype,
+            padded=workload.batch_size > 1,
+            eager=workload.attention == "eager",
+        )
+        return build_graph(self.name, self.facts, precision)
+
+    @property
+    def _image_tokens(self) -> int:
+        return self.facts.vision.image_tokens if self.facts.vision else 0
+
+
+def find_model(name_or_path: str) -> Model:
+    """The model that MODEL stands for.
+
+    Raises: SourceError for an unknown name or a folder that cannot be read; UnsupportedModelError for an architecture
+    that is not known.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists() or name_or_path.startswith((".", "/", "~")):
+        if not path.exists():
+            raise SourceError(f"there is no folder {name_or_path}: check the path, or give a name from the catalogue")
+        return _from_folder(path)
+    entry = lookup(name_or_path)
+    facts = InternLM2Facts.from_config(entry.config, f"catalogue entry {entry.name}")
+    name = name_or_path.strip().lower().rpartition("/")[2]
+    return Model(name=name, origin="catalogue", facts=facts, default_dtype=entry.dtype, config=entry.config)
+
+
+def _from_folder(folder: Path) -> Model:
+    checkpoint = read_checkpoint(folder)
+    where = str(folder / "config.json")
+    config = {**checkpoint.config, "architectures": [_architecture(checkpoint)]}
+    facts = InternLM2Facts.from_config(config, where)
+    _compare_headers(checkpoint, facts)
+    stored = checkpoint.dtype
+    return Model(
+        name=folder.resolve().name,
+        origin="folder",
+        facts=facts,
+        default_dtype=stored if stored in ("float16", "bfloat16") else "float16",
+        config=config,
+        checkpoint=checkpoint,
+    )
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    """The architecture that the config names, else the one that the weights' names show.
+
+    Official configs say model_type `internlm2` for both families, so that key decides nothing.
+    """
+    named = checkpoint.config.get("architectures") or []
+    if isinstance(named, list) and named and named[0] in ARCHITECTURES:
+        return str(named[0])
+    if not named and any(".attention.wqkv." in name for name in checkpoint.tensors):
+        return ARCHITECTURES[0 if any(name.startswith("vit.") for name in checkpoint.tensors) else 1]
+    shown = f"architectures {named!r}" if named else "no architectures, and weights of no known layout"
+    raise UnsupportedModelError(
+        f"{checkpoint.folder / 'config.json'} has {shown}: this version plans {' and '.join(ARCHITECTURES)}"
+    )
+
+
+def _compare_headers(checkpoint: Checkpoint, facts: InternLM2Facts) -> None:
+    expected = facts.tensor_shapes()
+    found = checkpoint.tensors
+    missing = [name for name in expected if name not in found and name not in OPTIONAL_WEIGHTS]
+    wrong = [
+        f"{name} is {list(found[name].shape)}, the config says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    unexpected = [name for name in found if name not in expected and "rotary_emb" not in name]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("weights missing", missing), ("of another shape", wrong), ("unknown", unexpected))
+        if names
+    ]
+    if problems:
+        raise SourceError(
+            f"{checkpoint.folder}: the weights are not those of its config. {'; '.join(problems)}. "
+            "Download config and shards from the same revision."
+        )
