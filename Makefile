@@ -7,7 +7,9 @@ READY  := $(VENV)/.ready
 .PHONY: demo test lint clean
 
 demo: $(READY)            ## plan a real-size model, then run such a plan on virtual GPUs
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/plan-devices internlm-xcomposer2-vl-7b --gpus 2x24GiB
+	@echo; echo "Now such a plan runs: a small random checkpoint of the same architecture, split over two virtual GPUs."
+	@$(BIN)/python examples/split_on_virtual_gpus.py
 
 test: $(READY) lint       ## everything that CI runs
 	@$(BIN)/python -m pytest

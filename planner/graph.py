@@ -12,7 +12,7 @@ from typing import Literal
 
 import networkx as nx
 
-from planner.polynomial import ZERO, Polynomial
+from planner.polynomial import ZERO, Polynomial, Quantities
 
 Role = Literal["vision_encoder", "projector", "embedding", "decoder_layer", "norm", "head"]
 Phase = Literal["encode", "prefill", "decode"]
@@ -26,13 +26,18 @@ INPUTS = "inputs"
 class PhaseCost:
     """What one group costs in one phase.
 
-    Units: bytes alive at once while the group runs, its input and output included (`transient_bytes`); multiply-adds
-    counted as two (`flops`); activations and KV cache read, weights excluded (`read_bytes`).
+    `moments_bytes` are the bytes alive at the moments that may be the peak while the group runs, its input and output
+    included; which of them is depends on the workload. `flops` count a multiply-add as two; `read_bytes` are activations
+    and KV cache read, weights excluded.
     """
 
-    transient_bytes: Polynomial = ZERO
+    moments_bytes: tuple[Polynomial, ...] = ()
     flops: Polynomial = ZERO
     read_bytes: Polynomial = ZERO
+
+    def transient_bytes(self, quantities: Quantities) -> int:
+        """The largest of the moments under one workload."""
+        return max((moment(quantities) for moment in self.moments_bytes), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +76,8 @@ class ModuleGroup:
 class Flow:
     """One tensor, its producer and all its consumers; sent once per destination device.
 
-    A `lasting` flow stays alive until its phase ends, on every device that produces or consumes it.
+    A `lasting` flow stays alive until its phase ends, on every device that produces or consumes it. `is_buffer` says
+    that it is accounted as a buffer (rotary tables, masks) instead of an activation.
     """
 
     tensor: str
@@ -80,6 +86,7 @@ class Flow:
     phase: Phase
     num_bytes: Polynomial
     lasting: bool = False
+    is_buffer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

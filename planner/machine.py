@@ -7,7 +7,7 @@ talks to a driver.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -245,8 +245,11 @@ def _device_to(device: Device) -> dict[str, Any]:
     for key, field in _MEASURES.items():
         value = getattr(device, field)
         if value is not None:
-            entry[key] = value if key == "flops" else shorthand(int(value))
+            entry[key] = _WRITTEN.get(key, shorthand)(value)
     return entry
+
+
+_WRITTEN: dict[str, Callable[[Any], Any]] = {"flops": float, "bandwidth": lambda value: f"{value / 1e9:.10g}GB/s"}
 
 
 def _link_from(entry: Any, where: str) -> Link:

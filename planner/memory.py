@@ -1,7 +1,7 @@
 """Bytes that a set of groups takes on one device under one workload, always by the same eight parts.
 
 Activations do not add up along a stage: they are a maximum over time. A device's activation peak is, over the phases,
-the largest of its lasting flows plus the hungriest single group.
+the largest of its lasting flows plus the hungriest single group; its buffers are those of the phase with most of them.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class GroupLoad:
 class CostTable:
     """Every group of a graph under one workload, evaluated once.
 
-    `lasting_bytes` holds, per lasting flow, its phase's position in `PHASES` and its bytes; `GroupLoad.flows` index
-    into it. `kv_bytes_per_position` counts the whole batch.
+    `lasting` holds every lasting flow with its bytes; `GroupLoad.flows` index into it. `kv_bytes_per_position` counts
+    the whole batch.
     """
 
     loads: tuple[GroupLoad, ...]
-    lasting_bytes: tuple[tuple[int, int], ...]
+    lasting: tuple[tuple[Flow, int], ...]
     positions: int
 
     @classmethod
@@ -90,7 +90,7 @@ class CostTable:
         lasting = [flow for flow in graph.flows if flow.lasting]
         return cls(
             loads=tuple(_load(group, lasting, quantities) for group in graph),
-            lasting_bytes=tuple((PHASES.index(flow.phase), flow.num_bytes(quantities)) for flow in lasting),
+            lasting=tuple((flow, flow.num_bytes(quantities)) for flow in lasting),
             positions=quantities.positions,
         )
 
@@ -109,11 +109,12 @@ class StageLoad:
         self._table = table
         self._flows: set[int] = set()
         self._lasting = [0] * len(PHASES)
+        self._shared_buffers = [0] * len(PHASES)
         self._transient = [0] * len(PHASES)
         self._count = 0
         self.weights_bytes = 0
         self.kv_bytes_per_position = 0
-        self.buffers_bytes = 0
+        self._own_buffers_bytes = 0
         self.logits_bytes = 0
 
     def add(self, member: int) -> None:
@@ -122,14 +123,20 @@ class StageLoad:
         self._count += 1
         self.weights_bytes += load.weights_bytes
         self.kv_bytes_per_position += load.kv_bytes_per_position
-        self.buffers_bytes += load.buffers_bytes
+        self._own_buffers_bytes += load.buffers_bytes
         self.logits_bytes += load.logits_bytes
         self._transient = [max(pair) for pair in zip(self._transient, load.transient_bytes, strict=True)]
-        for flow in load.flows:
-            if flow not in self._flows:
-                self._flows.add(flow)
-                phase, num_bytes = self._table.lasting_bytes[flow]
-                self._lasting[phase] += num_bytes
+        for index in load.flows:
+            if index not in self._flows:
+                self._flows.add(index)
+                flow, num_bytes = self._table.lasting[index]
+                alive = self._shared_buffers if flow.is_buffer else self._lasting
+                alive[PHASES.index(flow.phase)] += num_bytes
+
+    @property
+    def buffers_bytes(self) -> int:
+        """The groups' own buffers and, of the phase with most, those they share."""
+        return self._own_buffers_bytes + max(self._shared_buffers)
 
     @property
     def activations_bytes(self) -> int:

@@ -45,21 +45,13 @@ def report(plan: Plan) -> RenderableType:
 
 def _headline(plan: Plan) -> Text:
     model, workload, counts = plan.model, plan.workload, plan.quantities
-    text = Text(f"{model.name}", style="bold")
-    text.append(
-        f"  {model.architecture}, {model.num_parameters / 1e9:.2f} B parameters, {model.dtype}, "
-        f"{format_bytes(model.weight_bytes)} of weights\n",
-        style="not bold",
+    images = f"{counts.images} image{'s'[: counts.images != 1]} ({counts.image_tokens} positions), "
+    return Text.assemble(
+        (model.name, "bold"),
+        f": {model.num_parameters / 1e9:.2f} B parameters, {model.dtype}, {format_bytes(model.weight_bytes)} of weights\n"
+        f"batch {workload.batch_size}, {images if counts.images else ''}{workload.prompt_tokens} prompt + "
+        f"{workload.new_tokens} new: {counts.positions} KV positions",
     )
-    images = (
-        f"{counts.images} image{'s'[: counts.images != 1]} ({counts.image_tokens} positions), " if counts.images else ""
-    )
-    text.append(
-        f"for batch {workload.batch_size}, {images}{workload.prompt_tokens} prompt + {workload.new_tokens} new tokens, "
-        f"KV cache of {counts.positions} positions",
-        style="not bold",
-    )
-    return text
 
 
 def _device_table(plan: Plan) -> Table:
@@ -122,7 +114,7 @@ def _boundary_lines(plan: Plan) -> Iterator[Text]:
             sums[boundary.phase] = sums.get(boundary.phase, 0) + boundary.num_bytes
         tensors = ", ".join(dict.fromkeys(boundary.tensor for boundary in crossing))
         amounts = ", ".join(f"{format_bytes(num_bytes)} per {_PER[phase]}" for phase, num_bytes in sums.items())
-        yield Text(f"{_name(plan, source)} -> {_name(plan, target)}: {amounts} ({tensors})")
+        yield Text.assemble(f"{_name(plan, source)} -> {_name(plan, target)}: {amounts}\n  ", (tensors, "dim"))
 
 
 _PER = {"encode": "image pass", "prefill": "prompt", "decode": "token"}
@@ -137,14 +129,14 @@ def _verdict(plan: Plan) -> Iterator[Text]:
         peak = plan.memory[device_key(plan.machine, binding)]
         largest = max(peak.parts, key=lambda name: peak.parts[name])
         yield Text(
-            f"Room for {plan.kv_tokens:,} KV positions per sequence; {plan.machine.devices[binding].name} binds first, "
-            f"its largest part is its {LABELS[largest]}."
+            f"Room for {plan.kv_tokens:,} KV positions per sequence. {plan.machine.devices[binding].name} binds: "
+            f"most of it is {LABELS[largest]}."
         )
     solver = plan.solver
     yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
     if plan.proof.get("status") != "proven":
         yield Text(
-            'Not proven by a run: load_sharded(FOLDER, plan, devices="virtual") runs this plan on virtual GPUs first.',
+            "Not proven by a run. On virtual GPUs: load_sharded(FOLDER, plan, devices='virtual')",
             style="yellow",
         )
 

@@ -1,4 +1,4 @@
-"""Moves tensors to where a module runs, once per device however many modules read them.
+"""Moves tensors to where a module runs; keyword arguments, which layers share, once per device however many read them.
 
 Only modules that can receive something from elsewhere get a hook: those away from the inputs' device, and the first
 of each stage. Caches are left alone: every layer's part already lies on that layer's device.
@@ -18,23 +18,29 @@ Copies = dict[int, tuple["weakref.ref[torch.Tensor]", int, torch.Tensor]]
 
 
 class Courier:
-    """Brings tensors to one device and remembers each copy for as long as its original lives unchanged."""
+    """Brings tensors to one device.
+
+    Copies of shared tensors are remembered for as long as the original lives unchanged. The stream of hidden states,
+    which layers take by position, is not: a remembered copy would outlive its only reader.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies: Copies = {}
 
-    def bring(self, value: Any) -> Any:
+    def bring(self, value: Any, *, shared: bool) -> Any:
         """`value` with every tensor in it on the device; what is already there is passed on as it is."""
         if isinstance(value, torch.Tensor):
-            return value if value.device == self._device else self._copy(value)
+            if value.device == self._device:
+                return value
+            return self._remembered(value) if shared else value.to(self._device, non_blocking=True)
         if type(value) in (tuple, list):
-            return type(value)([self.bring(item) for item in value])
+            return type(value)([self.bring(item, shared=shared) for item in value])
         if type(value) is dict:
-            return {key: self.bring(item) for key, item in value.items()}
+            return {key: self.bring(item, shared=shared) for key, item in value.items()}
         return value
 
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _remembered(self, tensor: torch.Tensor) -> torch.Tensor:
         known = self._copies.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
@@ -65,7 +71,7 @@ def attach_boundaries(
 
 def _arrival_hook(courier: Courier) -> Any:
     def bring_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return courier.bring(args), courier.bring(kwargs)
+        return courier.bring(args, shared=False), courier.bring(kwargs, shared=True)
 
     return bring_inputs
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -64,6 +65,19 @@ def load_sharded(
         skeleton.to("meta")
         raise
     return _attached(skeleton, plan, places, device_map, verify=verify)
+
+
+def place_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's output with every tensor on the device that consumes it first.
+
+    `model.device` is a vision parameter's device in most VLMs, and no place for `input_ids`.
+    """
+    devices = model.input_devices
+    home = devices["input_ids"]
+    return {
+        name: value.to(devices.get(name, home)) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 def place_weights(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pynvml
 
 from planner.errors import MachineError
-from planner.machine import Device, Machine, gpu_presets
+from planner.machine import Machine, gpu_presets
 
 ADVICE = "Describe the machine instead: --gpus 2x24GiB, or --machine FILE."
 
@@ -71,7 +71,7 @@ def machine_of(readings: Sequence[GpuReading], environment: Mapping[str, str]) -
             f"the cards differ ({names}), and CUDA numbers them fastest first, which only CUDA knows. "
             "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, here and where the model runs."
         )
-    return Machine(devices=tuple(_device(index, reading) for index, reading in enumerate(visible)))
+    return Machine.from_dict({"devices": [_entry(index, reading) for index, reading in enumerate(visible)]})
 
 
 def _visible(readings: Sequence[GpuReading], wanted: str) -> list[GpuReading]:
@@ -113,10 +113,11 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _device(index: int, reading: GpuReading) -> Device:
-    speed = gpu_presets().get(_preset_name(reading.name), {})
-    kind = _preset_name(reading.name) if speed else None
-    return Device(index=index, kind=kind, uuid=reading.uuid, memory_bytes=reading.free_bytes)
+def _entry(index: int, reading: GpuReading) -> dict[str, object]:
+    """The card as a machine file has it; a known model brings its speed along."""
+    entry = {"index": index, "uuid": reading.uuid, "memory": f"{reading.free_bytes}B"}
+    kind = _preset_name(reading.name)
+    return {**entry, "kind": kind} if kind in gpu_presets() else entry
 
 
 def _preset_name(name: str) -> str:

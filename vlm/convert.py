@@ -48,7 +48,10 @@ _STORABLE_DTYPES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertedShard:
-    """One written shard; `tied` are its keys that shared one tensor, each of which now has a copy of its own."""
+    """One written shard; `index` counts from 1, as in the files' names.
+
+    `tied` are the keys that shared one tensor, each of which now has a copy of its own.
+    """
 
     index: int
     num_shards: int
@@ -177,7 +180,7 @@ def _convert_shards(
     on_shard: Callable[[ConvertedShard], object] | None,
 ) -> tuple[ConvertedShard, ...]:
     shards: list[ConvertedShard] = []
-    for index, (name, keys) in enumerate(keys_of_shard.items()):
+    for index, (name, keys) in enumerate(keys_of_shard.items(), start=1):
         target = _target_name(index, len(keys_of_shard))
         tensors = _load_tensors(source / name, keys)
         # Grouped before they are taken apart, after which nothing is shared any more.
@@ -204,7 +207,7 @@ def _convert_shards(
 
 
 def _target_name(index: int, num_shards: int) -> str:
-    return SINGLE_NAME if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
+    return SINGLE_NAME if num_shards == 1 else f"model-{index:05d}-of-{num_shards:05d}.safetensors"
 
 
 def _load_tensors(path: Path, keys: frozenset[str] | None) -> dict[str, torch.Tensor]:

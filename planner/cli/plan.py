@@ -32,13 +32,13 @@ def run(argv: Sequence[str]) -> int:
     machine = options.machine_from(arguments)
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
     for note in _notes(model, arguments):
-        console.print(note)
+        console.print(note, markup=False)
     constraints = Constraints(pins=dict(arguments.pin), split_vision=arguments.split_vision)
     plan = plan_for(model, machine, _workload(model, arguments), constraints)
     _write(_rendered(plan, arguments.format), arguments.output)
     console.print(report(plan))
     if arguments.output:
-        console.print(f"Plan written to {arguments.output}")
+        console.print(f"Plan written to {arguments.output}", markup=False)
     return 0
 
 

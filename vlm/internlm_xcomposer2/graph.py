@@ -27,6 +27,8 @@ POSITIONS = variable("positions")
 EMBEDDING = "model.tok_embeddings"
 INT64 = 8
 FLOAT32 = 4
+EAGER_SCORE = 8
+"""Bytes per attention score: the score, its softmax in float32, and that in the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,82 +78,95 @@ class _Builder:
         hidden = PATCHES * (vision.hidden_size * self._itemsize)
         pixels = IMAGES * (vision.num_channels * vision.image_size**2 * self._itemsize)
         stem = (f"{VISION}.embeddings", f"{VISION}.pre_layrnorm")
-        yield self._group(stem, "vision_encoder", encode=PhaseCost(transient_bytes=pixels + 3 * hidden))
+        yield self._group(
+            stem,
+            "vision_encoder",
+            buffer_bytes=constant(vision.sequence_length * INT64),
+            encode=PhaseCost(moments_bytes=(pixels + hidden, 3 * hidden)),
+        )
         last = vision.num_hidden_layers - 1
         for index in range(vision.num_hidden_layers):
             modules = (f"{VISION}.encoder.layers.{index}", *((f"{VISION}.post_layernorm",) if index == last else ()))
             yield self._group(modules, "vision_encoder", encode=self._vision_layer_cost(vision))
         tokens = IMAGE_TOKENS * (self._facts.hidden_size * self._itemsize)
-        yield self._group(("vision_proj",), "projector", encode=PhaseCost(transient_bytes=hidden + 3 * tokens))
+        projection = self._facts.hidden_size * (vision.hidden_size + self._facts.hidden_size)
+        yield self._group(
+            ("vision_proj",),
+            "projector",
+            encode=PhaseCost(moments_bytes=(2 * hidden + 2 * tokens,), flops=IMAGE_TOKENS * (2 * projection)),
+        )
 
     def _vision_layer_cost(self, vision: VisionFacts) -> PhaseCost:
-        width, inner = vision.hidden_size, vision.intermediate_size
-        scores = 0
+        """Peaks in the MLP: four hidden states, and the wide one beside two steps of its quick GELU."""
+        width, inner, length = vision.hidden_size, vision.intermediate_size, vision.sequence_length
+        attending = 8 * width * self._itemsize
         if self._precision.eager:
-            scores = vision.num_attention_heads * vision.sequence_length * (self._itemsize + FLOAT32)
+            attending += vision.num_attention_heads * length * EAGER_SCORE
         return PhaseCost(
-            transient_bytes=PATCHES * ((2 * width + 3 * inner) * self._itemsize + scores),
-            flops=PATCHES * (2 * (4 * width**2 + 2 * width * inner) + 4 * vision.sequence_length * width),
+            moments_bytes=(PATCHES * ((4 * width + 3 * inner) * self._itemsize), PATCHES * attending),
+            flops=PATCHES * (2 * (4 * width**2 + 2 * width * inner) + 4 * length * width),
             read_bytes=PATCHES * (8 * width * self._itemsize),
         )
 
     def language_groups(self) -> Iterator[ModuleGroup]:
+        """Embedding, decoder layers, norm and head, in execution order."""
         facts, itemsize = self._facts, self._itemsize
-        embedded = TOKENS * (facts.hidden_size * itemsize)
-        one_token = BATCH * (facts.hidden_size * itemsize)
-        logits = BATCH * (facts.vocab_size * itemsize)
+        hidden = facts.hidden_size * itemsize
         yield self._group(
             (EMBEDDING,),
             "embedding",
-            logits_bytes=logits + BATCH * (2 * facts.vocab_size * FLOAT32),
-            prefill=PhaseCost(transient_bytes=2 * embedded + TOKENS * (2 * INT64)),
-            decode=PhaseCost(transient_bytes=one_token),
+            logits_bytes=BATCH * (facts.vocab_size * (itemsize + 2 * FLOAT32)),
+            prefill=PhaseCost(moments_bytes=(TOKENS * (2 * hidden), TOKENS * (hidden + 3 * facts.head_dim * FLOAT32))),
+            decode=PhaseCost(moments_bytes=(BATCH * (hidden + 3 * facts.head_dim * FLOAT32),)),
         )
+        kv_bytes = 2 * facts.num_key_value_heads * facts.head_dim * ITEMSIZE[self._precision.kv_dtype]
         for index in range(facts.num_hidden_layers):
             yield self._group(
                 (f"model.layers.{index}",),
                 "decoder_layer",
-                kv_bytes_per_position=2
-                * facts.num_key_value_heads
-                * facts.head_dim
-                * ITEMSIZE[self._precision.kv_dtype],
+                kv_bytes_per_position=kv_bytes,
                 prefill=self._layer_cost(TOKENS, PROMPT, IMAGE_TOKENS),
                 decode=self._layer_cost(BATCH, POSITIONS, constant(0)),
             )
-        norm = 2 * facts.hidden_size * (itemsize + FLOAT32)
+        norm = facts.hidden_size * (itemsize + 2 * FLOAT32)
         yield self._group(
             ("model.norm",),
             "norm",
-            prefill=PhaseCost(transient_bytes=TOKENS * norm),
-            decode=PhaseCost(transient_bytes=BATCH * norm),
+            prefill=PhaseCost(moments_bytes=(TOKENS * norm,)),
+            decode=PhaseCost(moments_bytes=(BATCH * norm,)),
         )
-        flops = BATCH * (2 * facts.vocab_size * facts.hidden_size)
-        yield self._group(
-            ("output",),
-            "head",
-            logits_bytes=logits,
-            prefill=PhaseCost(transient_bytes=one_token, flops=flops),
-            decode=PhaseCost(transient_bytes=one_token, flops=flops),
-        )
+        head = PhaseCost(moments_bytes=(BATCH * hidden,), flops=BATCH * (2 * facts.vocab_size * facts.hidden_size))
+        logits = BATCH * (facts.vocab_size * itemsize)
+        yield self._group(("output",), "head", logits_bytes=logits, prefill=head, decode=head)
 
     def _layer_cost(self, tokens: Polynomial, context: Polynomial, image_tokens: Polynomial) -> PhaseCost:
-        """A decoder layer over `tokens` new positions that see `context` positions each."""
+        """A decoder layer over `tokens` new positions that see `context` positions each.
+
+        Its peak is in the feed-forward (three hidden states; gate, up and their product), there with partial LoRA, in
+        attention, or, when few positions are new, where one half of the layer's cache is grown by concatenation.
+        """
         facts, itemsize = self._facts, self._itemsize
         width, inner = facts.hidden_size, facts.intermediate_size
         kv_width = facts.num_key_value_heads * facts.head_dim
-        held = tokens * ((2 * width + 4 * inner) * itemsize)
-        lora = image_tokens * ((inner + facts.plora_rank) * itemsize) if facts.vision else constant(0)
-        grown = BATCH * context * (2 * kv_width * itemsize)
-        repeated = BATCH * context * (2 * width * itemsize) if self._precision.padded else constant(0)
-        scores = tokens * context * (facts.num_attention_heads * (itemsize + FLOAT32)) if self._precision.eager else 0
-        layer_shapes = [shape for name, shape in self._shapes.items() if contains("model.layers.0", name)]
-        dense = sum(prod(shape) for shape in layer_shapes if len(shape) == 2)
-        lora_only = sum(prod(s) for n, s in self._shapes.items() if contains("model.layers.0", n) and "Plora" in n)
+        new, seen = tokens * itemsize, BATCH * context * itemsize
+        attending = new * (6 * width + 2 * kv_width) + seen * kv_width
+        if self._precision.padded:
+            attending += seen * (2 * width)
+        if self._precision.eager:
+            attending += seen * (2 * width) + tokens * context * (facts.num_attention_heads * EAGER_SCORE)
+        low_rank = image_tokens * ((inner + facts.plora_rank) * itemsize)
+        dense, lora = self._layer_parameters()
         return PhaseCost(
-            transient_bytes=held + lora + grown + repeated + scores,
-            flops=tokens * (2 * (dense - lora_only)) + image_tokens * (2 * lora_only) + tokens * context * (4 * width),
+            moments_bytes=(new * (3 * width + 3 * inner), new * (3 * width + 2 * inner) + low_rank, attending),
+            flops=tokens * (2 * dense) + image_tokens * (2 * lora) + tokens * context * (4 * width),
             read_bytes=BATCH * context * (2 * kv_width * ITEMSIZE[self._precision.kv_dtype]),
         )
+
+    def _layer_parameters(self) -> tuple[int, int]:
+        """Matrix elements of one decoder layer that every position meets, and that image positions meet."""
+        matrices = {n: prod(s) for n, s in self._shapes.items() if contains("model.layers.0", n) and len(s) == 2}
+        lora = sum(elements for name, elements in matrices.items() if "Plora" in name)
+        return sum(matrices.values()) - lora, lora
 
     def _group(self, modules: tuple[str, ...], role: str, **costs: object) -> ModuleGroup:
         shapes = [shape for name, shape in self._shapes.items() if any(contains(m, name) for m in modules)]
@@ -192,14 +207,6 @@ class _Builder:
         yield from _chain("patch_embeddings", [*encoder, "vision_proj"], "encode", hidden)
         features = IMAGE_TOKENS * (self._facts.hidden_size * self._itemsize)
         yield Flow(
-            tensor="image_features",
-            producer="vision_proj",
-            consumers=(EMBEDDING,),
-            phase="encode",
-            num_bytes=features,
-            lasting=True,
-        )
-        yield Flow(
             tensor="image_features", producer="vision_proj", consumers=(EMBEDDING,), phase="prefill", num_bytes=features
         )
 
@@ -207,19 +214,21 @@ class _Builder:
         self, phase: Phase, tokens: Polynomial, context: Polynomial, layers: list[str]
     ) -> Iterator[Flow]:
         facts, itemsize = self._facts, self._itemsize
-        yield Flow(
-            tensor="input_ids",
-            producer=INPUTS,
-            consumers=(EMBEDDING,),
-            phase=phase,
-            num_bytes=TOKENS * (3 * INT64),
-            lasting=True,
-        )
+        # The position ids that `generate` derives from the mask lie beside it.
+        for tensor, num_rows in (("input_ids", 1), ("attention_mask", 2)):
+            yield Flow(
+                tensor=tensor,
+                producer=INPUTS,
+                consumers=(EMBEDDING,),
+                phase=phase,
+                num_bytes=TOKENS * (num_rows * INT64),
+                lasting=True,
+            )
         every_layer = {"position_embeddings": tokens * (2 * facts.head_dim * itemsize)}
         if facts.vision is not None and phase == "prefill":
             every_layer["image_index"] = IMAGE_TOKENS * INT64
         if self._precision.padded or self._precision.eager:
-            every_layer["attention_mask"] = tokens * context * (itemsize if self._precision.eager else 1)
+            every_layer["causal_mask"] = tokens * context * (itemsize if self._precision.eager else 1)
         for tensor, num_bytes in every_layer.items():
             yield Flow(
                 tensor=tensor,
@@ -228,8 +237,19 @@ class _Builder:
                 phase=phase,
                 num_bytes=num_bytes,
                 lasting=True,
+                is_buffer=tensor != "image_index",
             )
         hidden = tokens * (facts.hidden_size * itemsize)
+        if facts.vision is not None and phase == "prefill":
+            # The joined embeddings are an argument of the whole forward, and live as long as it runs.
+            yield Flow(
+                tensor="inputs_embeds",
+                producer=EMBEDDING,
+                consumers=(EMBEDDING,),
+                phase=phase,
+                num_bytes=hidden,
+                lasting=True,
+            )
         yield from _chain("hidden_states", [EMBEDDING, *layers, "model.norm", "output"], phase, hidden)
         logits = BATCH * (facts.vocab_size * itemsize)
         yield Flow(tensor="logits", producer="output", consumers=(INPUTS,), phase=phase, num_bytes=logits)

@@ -1,0 +1,82 @@
+"""The way in: make virtual GPUs of given capacities, and read what is alive on them."""
+
+import gc
+from collections.abc import Sequence
+
+import torch
+
+from runtime.virtual import device_module
+from runtime.virtual.adapter import DEVICE_TYPE, claim_device_type
+from runtime.virtual.kernels import install_all_kernels
+from runtime.virtual.ledger import MemoryLedger, readable_bytes
+from runtime.virtual.process import PROCESS
+
+# c10::DeviceIndex is an int8: index 128 wraps to a negative one without an error.
+MAX_DEVICES = 127
+
+
+class VirtualGpus:
+    """Virtual GPUs of this process: `.devices` to place tensors on, `.ledger` to see what is alive there.
+
+    Computations run on the CPU: values are real, speed is not, and memory that a real kernel takes as workspace
+    while it runs is not counted. While they exist, torch's current accelerator, and with it a bare integer such
+    as `.to(0)`, is `vgpu`, even where there are real GPUs.
+    """
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self.ledger = ledger
+        self.devices = tuple(torch.device(DEVICE_TYPE, index) for index in range(ledger.num_devices))
+
+    @property
+    def num_devices(self) -> int:
+        """How many there are."""
+        return self.ledger.num_devices
+
+    def describe(self) -> str:
+        """One line per device: what is alive, what it holds, and that it is not a real one."""
+        title = f"{self.num_devices} virtual GPUs: computations run on the CPU, only placement and memory are modelled"
+        lines = [title]
+        for index, device in enumerate(self.devices):
+            alive, peak, capacity = (
+                readable_bytes(count(index))
+                for count in (self.ledger.allocated_bytes, self.ledger.peak_bytes, self.ledger.capacity_bytes)
+            )
+            lines.append(f"{device}: {alive} alive, peak {peak}, capacity {capacity}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(readable_bytes(self.ledger.capacity_bytes(index)) for index in range(self.num_devices))
+        return f"<{self.num_devices} virtual GPU(s) of {sizes}>"
+
+
+def virtual_gpus(capacities_bytes: Sequence[int]) -> VirtualGpus:
+    """Make the virtual GPUs of this process anew, one per capacity.
+
+    Raises: ValueError for no device, too many, or a capacity below 1. RuntimeError while tensors live on the
+    devices made before. VirtualGpuUnavailableError when torch cannot have them in this process.
+    """
+    if not 1 <= len(capacities_bytes) <= MAX_DEVICES:
+        raise ValueError(f"expected 1 to {MAX_DEVICES} capacities, got {len(capacities_bytes)}")
+    if min(capacities_bytes) < 1:
+        raise ValueError(f"a capacity is a positive number of bytes, got {list(capacities_bytes)}")
+    _refuse_while_in_use(PROCESS.ledger)
+    if claim_device_type(device_module):
+        install_all_kernels()
+    PROCESS.ledger = MemoryLedger(capacities_bytes)
+    return VirtualGpus(PROCESS.ledger)
+
+
+def _refuse_while_in_use(ledger: MemoryLedger) -> None:
+    if any(_alive_bytes(ledger)):
+        # A model under accelerate's hooks refers to itself: only the collector ends its life.
+        gc.collect()
+    alive = _alive_bytes(ledger)
+    if any(alive):
+        held = ", ".join(
+            f"{DEVICE_TYPE}:{index} {num_bytes:,} bytes" for index, num_bytes in enumerate(alive) if num_bytes
+        )
+        raise RuntimeError(f"tensors are still alive on the virtual GPUs made before: {held}; delete them first")
+
+
+def _alive_bytes(ledger: MemoryLedger) -> list[int]:
+    return [ledger.allocated_bytes(index) for index in range(ledger.num_devices)]

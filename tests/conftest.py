@@ -1,0 +1,28 @@
+"""Fixtures that several test folders share: tiny checkpoints in the official format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TINY = {"num_layers": 6, "hidden_size": 32, "intermediate_size": 96, "vision_layers": 2}
+
+
+@pytest.fixture(scope="session")
+def tiny_xcomposer2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 InternLM-XComposer2 of six layers, sharded."""
+    from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-xcomposer2"
+    return write_random_checkpoint(folder, dtype="float32", max_shard_bytes=2**17, **TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_internlm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 InternLM2 of six layers."""
+    from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
+
+    sizes = {key: value for key, value in TINY.items() if not key.startswith("vision")}
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-internlm2"
+    return write_random_checkpoint(folder, family="internlm2", dtype="bfloat16", **sizes)

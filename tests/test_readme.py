@@ -1,0 +1,32 @@
+"""The README's first screen is what the command prints today."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMAND = "    $ plan-devices internlm-xcomposer2-vl-7b --gpus 24GiB,12GiB -o plan.yaml\n"
+
+
+def test_the_first_screen_is_what_the_command_prints(tmp_path: Path) -> None:
+    arguments = COMMAND.split()[2:]
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+    )
+    printed = "".join(f"    {line}".rstrip() + "\n" for line in done.stderr.splitlines())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert COMMAND + printed in readme
+
+
+def test_every_file_of_the_three_packages_is_in_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package in ("planner", "vlm", "runtime"):
+        for path in (ROOT / package).glob("*.py"):
+            assert path.name == "__init__.py" or path.name in readme or path.name == "__main__.py", path
