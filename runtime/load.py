@@ -146,9 +146,13 @@ def _weights(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, torch.T
 
 
 def _generation_config(folder: Path, skeleton: PreTrainedModel) -> GenerationConfig:
+    """The folder's, else what the config says, without its `max_length`: that argues with every `max_new_tokens`."""
     if (folder / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(skeleton.config)
+    config = skeleton.config
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
 
 
 def _initialise_optional(skeleton: nn.Module, device_map: Mapping[str, torch.device]) -> None:

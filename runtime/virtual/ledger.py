@@ -77,9 +77,9 @@ class MemoryLedger:
     def _refusal(self, index: int, num_bytes: int) -> str:
         return (
             f"vgpu out of memory. Tried to allocate {readable_bytes(num_bytes)}. vgpu:{index} has a total capacity of "
-            f"{readable_bytes(self._capacities[index])} of which {readable_bytes(self.free_bytes(index))} is free. Of the "
-            f"allocated memory {readable_bytes(self._allocated[index])} is held by tensors, in blocks of {BLOCK_BYTES} "
-            "bytes. This is a virtual GPU: its capacity is the number given to virtual_gpus()."
+            f"{readable_bytes(self._capacities[index])} of which {readable_bytes(self.free_bytes(index))} is free. "
+            f"Of the allocated memory {readable_bytes(self._allocated[index])} is held by tensors, in blocks of "
+            f"{BLOCK_BYTES} bytes. This is a virtual GPU: its capacity is the number given to virtual_gpus()."
         )
 
 

@@ -162,6 +162,14 @@ def test_every_stored_weight_arrives_unchanged_on_its_planned_device(tiny_xcompo
     assert all(placement.ok for placement in inspect_placement(model))
 
 
+def test_a_folder_without_a_generation_config_generates(
+    tiny_xcomposer2: Path, inputs: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_xcomposer2, tmp_path / "copy"))
+    (folder / "generation_config.json").unlink()
+    assert tokens(whole(folder), inputs) == tokens(whole(tiny_xcomposer2), inputs)
+
+
 def test_a_stored_plan_is_obeyed(tiny_xcomposer2: Path, tmp_path: Path) -> None:
     plan = plan_for(find_model(str(tiny_xcomposer2)), Machine.parse("2x2GiB"), FLOAT32)
     plan.save(tmp_path / "plan.yaml")
