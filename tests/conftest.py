@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tensors here are tiny: threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {"num_layers": 6, "hidden_size": 32, "intermediate_size": 96, "vision_layers": 2}
 

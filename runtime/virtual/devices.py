@@ -12,15 +12,18 @@ from runtime.virtual.ledger import MemoryLedger, readable_bytes
 from runtime.virtual.process import PROCESS
 
 # c10::DeviceIndex is an int8: index 128 wraps to a negative one without an error.
-MAX_DEVICES = 127
+MAX_DEVICES = 128
 
 
 class VirtualGpus:
     """Virtual GPUs of this process: `.devices` to place tensors on, `.ledger` to see what is alive there.
 
     Computations run on the CPU: values are real, speed is not, and memory that a real kernel takes as workspace
-    while it runs is not counted. While they exist, torch's current accelerator, and with it a bare integer such
-    as `.to(0)`, is `vgpu`, even where there are real GPUs.
+    while it runs is not counted.
+
+    Device maps of transformers and accelerate work as with real GPUs, whether they say 1, "vgpu:1" or torch.device.
+    From the first set on, torch's current accelerator is `vgpu` in this process, and with it any bare integer such
+    as `.to(0)`, even where there are real GPUs: a process that also drives those makes its dry runs in a child.
     """
 
     def __init__(self, ledger: MemoryLedger) -> None:

@@ -40,8 +40,6 @@ WHOLE = (
 )
 # Composed by torch for this key only: one kernel instead of two or three.
 DIRECT = ("clone", "copy_")
-# Kernels that the CPU has and CUDA composes of others; `stack` thus fails inside `cat`, as on CUDA.
-COMPOSED_ON_CUDA = frozenset("_stack _stack.out pixel_shuffle pixel_unshuffle native_channel_shuffle".split())
 # Read and write no element: the CPU's kernels serve as they are.
 METADATA = (
     "as_strided",
@@ -65,9 +63,7 @@ def install_all_kernels() -> None:
     kernels |= {name: adapter.metadata_kernel(adapter.overload(name)) for name in METADATA}
     kernels |= {"_to_copy": to_copy, "resize_": resize_, "histc": histc}
     kernels |= {"_has_compatible_shallow_copy_type": may_become}
-    adapter.install_kernels(
-        {name: kernel for name, kernel in kernels.items() if name not in COMPOSED_ON_CUDA}, any_other
-    )
+    adapter.install_kernels(kernels, any_other)
 
 
 def _full_name(op: Op) -> str:
@@ -109,9 +105,10 @@ def computing_kernel(op: Op, *, is_whole: bool = False) -> Kernel:
         outcome = run(*host_args, **host_kwargs)
         if is_whole:
             outcome = _detached(outcome)
-        if results == (None,):
-            return _on_device(outcome, device)
-        return _matched(results, outcome, device, args, kwargs)
+        result = _on_device(outcome, device) if results == (None,) else _matched(results, outcome, device, args, kwargs)
+        if PROCESS.observer is not None:
+            PROCESS.observer.ran(op, args, result)
+        return result
 
     return kernel
 
@@ -185,7 +182,10 @@ def to_copy(
     copy = torch.ops.aten._to_copy.default(
         hosted(tensor), dtype=dtype, layout=layout, device=place, memory_format=memory_format
     )
-    return published(copy, index) if is_virtual else copy
+    result = published(copy, index) if is_virtual else copy
+    if PROCESS.observer is not None and target != tensor.device:
+        PROCESS.observer.copied(tensor, result)
+    return result
 
 
 def resize_(tensor: torch.Tensor, size: list[int], *, memory_format: torch.memory_format | None = None) -> torch.Tensor:
@@ -280,12 +280,21 @@ def _agreed_device(signature: Signature, rule: Rule, args: tuple[Any, ...], kwar
     operands = _operands(signature, args, kwargs)
     message = complaint(rule, operands, wrapper_name(signature))
     if message is not None:
-        raise DeviceMismatchError(message, op_name=signature.name, operands=tuple(operands))
+        problem = DeviceMismatchError(message, op_name=signature.name, operands=tuple(operands))
+        if PROCESS.observer is None:
+            raise problem
+        PROCESS.observer.mismatched(problem, _tensors(args, kwargs))
     return torch.device(running_device(rule, operands))
 
 
 def _rule_of(signature: Signature) -> Rule:
     return rule_for(signature.name, signature.overload_name, is_pointwise=signature.is_pointwise)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    values = [*args, *kwargs.values()]
+    nested = [item for value in values for item in (value if isinstance(value, list | tuple) else (value,))]
+    return [value for value in nested if isinstance(value, torch.Tensor)]
 
 
 def _operands(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Operand]:

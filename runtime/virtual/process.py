@@ -3,18 +3,35 @@
 It only remembers; `devices.py` decides when the set may change.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from runtime.virtual.ledger import MemoryLedger
+from runtime.virtual.rules import DeviceMismatchError
+
+
+class Observer(Protocol):
+    """Who watches operations on virtual GPUs, and decides that misplaced operands are noted instead of refused."""
+
+    def mismatched(self, problem: DeviceMismatchError, tensors: Sequence[torch.Tensor]) -> None:
+        """Operands lie where CUDA would refuse them; the operation runs nevertheless."""
+
+    def ran(self, op: Any, args: Sequence[Any], outcome: Any) -> None:
+        """An operation that computes has run."""
+
+    def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
+        """A tensor has been copied from one device to another."""
 
 
 @dataclass(slots=True)
 class Process:
-    """What kernels ask for: the ledger of the current devices."""
+    """What kernels ask for: the ledger of the current devices, and who watches them."""
 
     ledger: MemoryLedger = field(default_factory=lambda: MemoryLedger(()))
+    observer: Observer | None = None
 
     def checked_index(self, device: torch.device) -> int:
         """The index that `device` names, 0 when it names none.

@@ -54,7 +54,7 @@ def published(host: torch.Tensor, index: int) -> torch.Tensor:
     block = Block(host_storage, allocation)
     # An attribute of a storage lives exactly as long as the storage itself, whichever tensors share it.
     storage.vgpu_block = block
-    # copy.deepcopy of a buffer calls it; torch's own would ask for a C++ allocator.
+    # copy.deepcopy of a buffer calls it; torch's own crashes for want of a C++ allocator.
     storage.clone = block.clone
     return tensor
 

@@ -28,9 +28,15 @@ def moments(*byte_counts: int) -> PhaseCost:
     return PhaseCost(moments_bytes=tuple(map(constant, byte_counts)))
 
 
-def lasting(tensor: str, phase: Any, num_bytes: int, producer: str, *consumers: str) -> Flow:
+def lasting(tensor: str, phase: Any, num_bytes: int, producer: str, *consumers: str, is_buffer: bool = False) -> Flow:
     return Flow(
-        tensor=tensor, producer=producer, consumers=consumers, phase=phase, num_bytes=constant(num_bytes), lasting=True
+        tensor=tensor,
+        producer=producer,
+        consumers=consumers,
+        phase=phase,
+        num_bytes=constant(num_bytes),
+        lasting=True,
+        is_buffer=is_buffer,
     )
 
 
@@ -53,6 +59,9 @@ TOY = ModuleGraph(
         lasting("mask", "prefill", 25, "embed", "layer0", "layer1"),
         lasting("rope", "prefill", 5, "embed", "layer0", "layer1"),
         lasting("rope", "decode", 6, "embed", "layer0", "layer1"),
+        lasting("table", "prefill", 300, "embed", "layer0", "layer1", is_buffer=True),
+        lasting("table", "decode", 200, "embed", "layer0", "layer1", is_buffer=True),
+        lasting("causal", "decode", 50, "embed", "layer0", is_buffer=True),
         Flow(tensor="hidden", producer="embed", consumers=("layer0",), phase="prefill", num_bytes=constant(10**6)),
         Flow(tensor="hidden", producer="layer0", consumers=("layer1",), phase="prefill", num_bytes=constant(10**6)),
         Flow(tensor="hidden", producer="layer1", consumers=("head",), phase="prefill", num_bytes=constant(10**6)),
@@ -61,18 +70,19 @@ TOY = ModuleGraph(
 TABLE = CostTable.of(TOY, WORKLOAD)
 
 # name: (groups, weights, KV cache = per position x batch 2 x 10 positions, activations, logits, buffers)
+# Buffers are the groups' own (layer0 1, layer1 2) and the shared ones of prefill (300) or decode (200 + 50).
 WORKED_OUT: dict[str, tuple[tuple[int, ...], int, int, int, int, int]] = {
     "vit: encode 12 lasting + 90": ((VIT,), 100, 0, 102, 0, 0),
-    "embed: prefill 25 + 5 lasting + 30": ((EMBED,), 50, 0, 60, 14, 0),
-    "layer0: prefill 30 + 60, the larger moment": ((LAYER0,), 20, 60, 90, 0, 1),
-    "layer1: prefill 30 + 61 over decode 6 + 75": ((LAYER1,), 20, 40, 91, 0, 2),
+    "embed: prefill 25 + 5 lasting + 30": ((EMBED,), 50, 0, 60, 14, 300),
+    "layer0: prefill 30 + 60, the larger moment": ((LAYER0,), 20, 60, 90, 0, 301),
+    "layer1: prefill 30 + 61 over decode 6 + 75": ((LAYER1,), 20, 40, 91, 0, 302),
     "head: no lasting flow": ((HEAD,), 40, 0, 8, 22, 0),
-    "both layers: lasting flows once, the hungrier layer": ((LAYER0, LAYER1), 40, 100, 91, 0, 3),
-    "vit and layer0: encode 102 over prefill 90": ((VIT, LAYER0), 120, 60, 102, 0, 1),
-    "vit and embed": ((VIT, EMBED), 150, 0, 102, 14, 0),
-    "layer1 and head": ((LAYER1, HEAD), 60, 40, 91, 22, 2),
-    "everything": ((VIT, EMBED, LAYER0, LAYER1, HEAD), 230, 100, 102, 36, 3),
-    "neighbours are not required": ((HEAD, LAYER0), 60, 60, 90, 22, 1),
+    "both layers: lasting flows once, the hungrier layer": ((LAYER0, LAYER1), 40, 100, 91, 0, 303),
+    "vit and layer0: encode 102 over prefill 90": ((VIT, LAYER0), 120, 60, 102, 0, 301),
+    "vit and embed": ((VIT, EMBED), 150, 0, 102, 14, 300),
+    "layer1 and head": ((LAYER1, HEAD), 60, 40, 91, 22, 302),
+    "everything": ((VIT, EMBED, LAYER0, LAYER1, HEAD), 230, 100, 102, 36, 303),
+    "neighbours are not required": ((HEAD, LAYER0), 60, 60, 90, 22, 301),
 }
 
 
@@ -115,6 +125,18 @@ def test_a_lasting_flow_counts_once_on_each_device_that_makes_or_reads_it() -> N
 
 def test_a_flow_that_does_not_last_is_not_added_to_the_groups_own_moments() -> None:
     assert TABLE.on_device((EMBED, LAYER0), DEVICE).activations_bytes < 10**6
+
+
+def test_shared_buffers_are_those_of_the_phase_with_most_of_them() -> None:
+    decoding = ModuleGraph(name="toy", dtype="float16", groups=TOY.groups, flows=TOY.flows[5:])
+    table = CostTable.of(decoding, WORKLOAD)
+    assert [table.on_device((member,), DEVICE).buffers_bytes for member in (VIT, EMBED, LAYER0, LAYER1)] == [
+        0,
+        200 + 50,
+        200 + 50 + 1,
+        200 + 2,
+    ]
+    assert table.on_device((LAYER1,), DEVICE).activations_bytes == 75
 
 
 def test_the_total_is_the_sum_of_exactly_eight_parts_in_the_documented_order() -> None:

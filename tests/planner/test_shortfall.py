@@ -65,7 +65,9 @@ def error_for(graph: ModuleGraph, machine: Machine, **counts: int) -> Infeasible
 def test_one_byte_short_is_said_to_the_byte() -> None:
     error = error_for(toy(10), devices(10 * GIB - 1))
     assert error.shortfall_bytes == {"cuda:0": 1}
-    assert str(error).startswith("toy in float16 does not fit: 1 B are missing on 1 of 1 devices in the nearest placement.")
+    assert str(error).startswith(
+        "toy in float16 does not fit: 1 B are missing on 1 of 1 devices in the nearest placement."
+    )
     assert error.exit_code == 1
 
 
@@ -177,7 +179,11 @@ DOES_NOT_FIT: dict[str, tuple[str, Workload, set[str]]] = {
     "a long context": ("24GiB", Workload(new_tokens=100_000), {"--new-tokens", "more"}),
     "a long cache": ("24GiB,8GiB", Workload(max_model_len=1_000_000), {"--new-tokens", "more"}),
     "a large batch": ("24GiB", Workload(batch_size=64, new_tokens=4096), {"--batch-size", "more"}),
-    "a long context and a batch": ("24GiB", Workload(batch_size=4, new_tokens=20_000), {"--new-tokens", "--batch-size", "more"}),
+    "a long context and a batch": (
+        "24GiB",
+        Workload(batch_size=4, new_tokens=20_000),
+        {"--new-tokens", "--batch-size", "more"},
+    ),
     "small devices": ("2x6GiB", Workload(), {"more"}),
     "one named kind": ("t4", Workload(new_tokens=30_000), {"more"}),
     "a named kind and a batch": ("rtx4090", Workload(batch_size=40, new_tokens=2000), {"--batch-size", "more"}),

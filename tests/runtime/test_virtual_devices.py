@@ -80,8 +80,8 @@ def test_new_set_waits_for_no_garbage():
 @pytest.mark.parametrize(
     ("capacities", "message"),
     [
-        ([], "expected 1 to 127 capacities, got 0"),
-        ([GIB] * 128, "got 128"),
+        ([], "expected 1 to 128 capacities, got 0"),
+        ([GIB] * 129, "got 129"),
         ([GIB, 0], r"positive .* \[1073741824, 0\]"),
     ],
     ids=["none", "more than an int8 counts", "zero"],
@@ -92,9 +92,9 @@ def test_impossible_set_is_refused(capacities, message):
 
 
 def test_last_of_the_most_devices_works():
-    virtual_gpus([GIB] * 127)
-    tensor = torch.ones(2, device="vgpu:126")
-    assert ((tensor + 1).device, (tensor + 1).tolist()) == (torch.device("vgpu:126"), [2.0, 2.0])
+    virtual_gpus([GIB] * 128)
+    tensor = torch.ones(2, device="vgpu:127")
+    assert ((tensor + 1).device, (tensor + 1).tolist()) == (torch.device("vgpu:127"), [2.0, 2.0])
 
 
 def test_device_module_answers_as_torch_cuda_does():

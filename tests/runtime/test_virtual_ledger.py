@@ -9,6 +9,7 @@ import torch
 
 from runtime.virtual import MemoryLedger, virtual_gpus
 from runtime.virtual.rules import DeviceMismatchError
+from runtime.virtual.tensors import published
 
 BLOCK = 512
 MIB = 2**20
@@ -27,7 +28,8 @@ def test_allocation_counts_whole_blocks_while_it_lives():
     del first
     assert (counted.allocated_bytes(0), counted.free_bytes(0), counted.peak_bytes(0)) == (1024, 1024, 1536)
     del second
-    assert counted.allocated_bytes(0) == 0
+    third = counted.allocate(0, 1)
+    assert (counted.allocated_bytes(0), counted.peak_bytes(0)) == (third.num_bytes, 1536)
 
 
 def test_last_block_fits_and_one_byte_more_does_not():
@@ -172,6 +174,12 @@ def test_cyclic_garbage_is_released_by_the_collector(ledger):
     assert ledger.allocated_bytes(0) == 0
 
 
+def test_part_of_a_host_storage_counts_as_the_whole(ledger):
+    """As when a kernel returns a slice of what it allocated."""
+    tensor = published(torch.arange(1000.0)[10:12], 0)
+    assert (tensor.tolist(), tensor.storage_offset(), ledger.allocated_bytes(0)) == ([10.0, 11.0], 10, 4096)
+
+
 def test_failed_operation_changes_nothing(ledger):
     left, right = torch.zeros(4, 8, device="vgpu:0"), torch.zeros(4, 8, device="vgpu:1")
     for call in (lambda: left + right, lambda: left @ left, lambda: left.view(5, 5), lambda: torch.cat([left, right])):
@@ -222,6 +230,21 @@ def test_attention_allocates_its_output_only(ledger):
     before = ledger.allocated_bytes(0)
     torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     assert ledger.peak_bytes(0) - before == query.nbytes
+
+
+def test_attention_under_gradients_keeps_its_operands_no_longer_than_they_live(ledger):
+    query = torch.zeros(1, 2, 16, 8, device="vgpu:0", requires_grad=True)
+    output = torch.nn.functional.scaled_dot_product_attention(query, query, query).detach()
+    del query
+    assert ledger.allocated_bytes(0) == output.nbytes
+
+
+def test_rms_norm_allocates_its_output_only(ledger):
+    tokens, weight = (torch.ones(shape, dtype=torch.bfloat16, device="vgpu:0") for shape in ((16, 64), (64,)))
+    before = ledger.allocated_bytes(0)
+    ledger.reset_peak()
+    torch.nn.functional.rms_norm(tokens, (64,), weight)
+    assert ledger.peak_bytes(0) - before == tokens.nbytes
 
 
 def test_widening_softmax_allocates_its_output_only(ledger):

@@ -266,6 +266,17 @@ def test_cache_that_outgrows_its_device_is_refused_there():
         peak_bytes(between, 60)
 
 
+@torch.no_grad()
+def test_offloaded_layer_visits_its_device_and_leaves_it(gpus):
+    model, inputs = llama(), prompt()
+    on_1 = {name: "vgpu:1" for name in LLAMA_ON_2} | {"model.layers.1": "cpu"}
+    parts = split(model, on_1)
+    before = gpus.ledger.allocated_bytes(1)
+    assert torch.equal(parts(**send_to_device(inputs, "vgpu:1")).logits.cpu(), model(**inputs).logits)
+    gc.collect()
+    assert gpus.ledger.allocated_bytes(1) == before < gpus.ledger.peak_bytes(1)
+
+
 def test_from_pretrained_loads_straight_to_the_devices(tmp_path, gpus):
     model, inputs = llama(), prompt()
     model.save_pretrained(tmp_path)
