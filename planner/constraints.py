@@ -6,14 +6,14 @@ a co-located member from elsewhere (a tied head, say) comes along without breaki
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import networkx as nx
 
 from planner.errors import ConstraintError
-from planner.graph import ModuleGraph, dependency_graph
+from planner.graph import Fusion, ModuleGraph, dependency_graph
 from planner.machine import Machine
 from planner.paths import contains
 
@@ -45,33 +45,39 @@ def units(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> tup
     """
     _check_order(graph)
     pins = _bound_groups(graph, machine, constraints)
-    together: nx.Graph[str] = nx.Graph()
-    together.add_nodes_from(group.id for group in graph)
-    for fusion in graph.fusions:
-        if fusion.hard or not constraints.split_vision:
-            nx.add_path(together, fusion.operands)
-    position = {group.id: i for i, group in enumerate(graph)}
-    merged = sorted(tuple(sorted(position[name] for name in part)) for part in nx.connected_components(together))
+    merged = _merged(graph, [f for f in graph.fusions if f.hard or not constraints.split_vision])
     return tuple(_unit(graph, members, pins) for members in merged)
 
 
 def _unit(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[int, tuple[str, int]]) -> Unit:
-    bound = dict(pins[member] for member in members if member in pins)
-    devices = set(bound.values())
+    bound = {member: pins[member] for member in members if member in pins}
+    devices = {device for _, device in bound.values()}
     if len(devices) > 1:
         _refuse_contradiction(graph, members, bound)
     return Unit(members=members, pinned=next(iter(devices), None))
 
 
-def _refuse_contradiction(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[str, int]) -> None:
+def _refuse_contradiction(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[int, tuple[str, int]]) -> None:
     names = {graph.groups[member].id for member in members}
     reasons = [f"{fusion.op}: {fusion.reason}" for fusion in graph.fusions if names.issuperset(fusion.operands)]
-    asked = ", ".join(f"{name}={device}" for name, device in pins.items())
-    lift = "" if all(f.hard for f in graph.fusions if names.issuperset(f.operands)) else " (or lift it: --split-vision)"
+    asked = ", ".join(f"{name}={device}" for name, device in dict(pins.values()).items())
+    parts = _merged(graph, [fusion for fusion in graph.fusions if fusion.hard])
+    lifted = all(len({pins[member][1] for member in part if member in pins}) < 2 for part in parts)
+    lift = " (or lift it: --split-vision)" if lifted else ""
     raise ConstraintError(
         f"pins {asked} contradict a co-location: these modules must share a device. {'; '.join(reasons)}. "
         f"Pin them to one device{lift}."
     )
+
+
+def _merged(graph: ModuleGraph, fusions: Iterable[Fusion]) -> list[tuple[int, ...]]:
+    """Group positions, merged by the fusions, each part at its first member's place."""
+    together: nx.Graph[str] = nx.Graph()
+    together.add_nodes_from(group.id for group in graph)
+    for fusion in fusions:
+        nx.add_path(together, fusion.operands)
+    position = {group.id: i for i, group in enumerate(graph)}
+    return sorted(tuple(sorted(position[name] for name in part)) for part in nx.connected_components(together))
 
 
 def _bound_groups(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> dict[int, tuple[str, int]]:

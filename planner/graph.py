@@ -77,7 +77,8 @@ class Flow:
     """One tensor, its producer and all its consumers; sent once per destination device.
 
     A `lasting` flow stays alive until its phase ends, on every device that produces or consumes it. `is_buffer` says
-    that it is accounted as a buffer (rotary tables, masks) instead of an activation.
+    that it is accounted as a buffer (rotary tables, masks) instead of an activation. One that `revisits` leads to a
+    group that has run before, such as a head tied to the embedding, and binds no order.
     """
 
     tensor: str
@@ -87,6 +88,7 @@ class Flow:
     num_bytes: Polynomial
     lasting: bool = False
     is_buffer: bool = False
+    revisits: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +105,23 @@ class Fusion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Activation bytes that a traced run held at once, between two module boundaries, by group.
+
+    `arrived` are bytes of copies that group `running` got from others: on a device that holds both there is no copy.
+    """
+
+    phase: Phase
+    running: str | None
+    held: tuple[tuple[str, int], ...]
+    arrived: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleGraph:
     """A model as a placement problem sees it.
+
+    Activations are given by the groups' moments and lasting flows for any workload, or by `intervals` for one.
 
     Raises: ValueError for a group named twice, a module in two groups, or a flow or fusion of an unknown group.
     """
@@ -114,6 +131,7 @@ class ModuleGraph:
     groups: tuple[ModuleGroup, ...]
     flows: tuple[Flow, ...] = ()
     fusions: tuple[Fusion, ...] = ()
+    intervals: tuple[Interval, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [group.id for group in self.groups]
@@ -161,7 +179,7 @@ def dependency_graph(graph: ModuleGraph) -> nx.DiGraph[str]:
         network.add_node(group.id, role=group.role, weight_bytes=group.weight_bytes, modules=group.modules)
     for flow in graph.flows:
         for consumer in flow.consumers:
-            if INPUTS not in (flow.producer, consumer):
+            if INPUTS not in (flow.producer, consumer) and not flow.revisits and flow.producer != consumer:
                 tensors = network.get_edge_data(flow.producer, consumer, {"tensors": ()})["tensors"]
                 network.add_edge(flow.producer, consumer, tensors=(*tensors, flow.tensor))
     return network

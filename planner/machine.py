@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ class Machine:
         parts = spec.split("/")
         for part in parts:
             host, separator, items = part.rpartition("=")
-            if len(parts) > 1 and not separator:
+            if (len(parts) > 1 or separator) and not host.strip():
                 raise MachineError(f"host {part!r} in {spec!r} has no name: write a=2x24GiB/b=2x24GiB")
             devices += _parse_host(items, host.strip(), spec)
         return _checked(devices, (), f"--gpus {spec}")
@@ -131,7 +133,10 @@ class Machine:
             host = str(entry.get("host", ""))
             devices.append(_device_from(entry, counted.get(host, 0), place))
             counted[host] = devices[-1].index + 1
-        links = [_link_from(entry, f"{where}, links[{i}]") for i, entry in enumerate(content.get("links") or ())]
+        links = content.get("links") or []
+        if not isinstance(links, list):
+            raise MachineError(f"{where} has links {links!r}: give a list of links")
+        links = [_link_from(entry, f"{where}, links[{i}]") for i, entry in enumerate(links)]
         return _checked(devices, links, where)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +159,11 @@ class Machine:
 
         Raises: MachineError for a position the machine does not have.
         """
+        nothing = [position for position, num_bytes in max_memory.items() if num_bytes < 1]
+        if nothing:
+            raise MachineError(
+                f"--max-memory {nothing[0]}=0 leaves nothing: leave that device out of the machine instead"
+            )
         unknown = sorted(set(max_memory) - set(range(len(self.devices))))
         if unknown:
             raise MachineError(f"--max-memory names device {unknown[0]}: this machine has {_range(len(self.devices))}")
@@ -198,12 +208,15 @@ def _shorthand_entry(text: str, spec: str) -> dict[str, Any]:
     if text[:1].isdigit():
         return {"memory": text}
     near = get_close_matches(text.lower(), gpu_presets(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(gpu_presets())}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(gpu_presets())}."
     raise MachineError(f"--gpus {spec!r} names the unknown GPU {text!r}: {hint} A size works too, such as 24GiB.")
 
 
 def _device_from(entry: Mapping[str, Any], index: int, where: str) -> Device:
     _refuse_unknown_keys(entry, {"index", "host", "kind", "uuid", *_MEASURES}, where)
+    for name in ("host", "kind", "uuid"):
+        if not isinstance(entry.get(name, ""), str):
+            raise MachineError(f"{where}, {name}: {entry[name]!r} is not text")
     kind = entry.get("kind")
     if kind is not None and kind not in gpu_presets() and "memory" not in entry:
         raise MachineError(f"{where} has the unknown kind {kind!r} and no memory: known are {', '.join(gpu_presets())}")
@@ -213,7 +226,9 @@ def _device_from(entry: Mapping[str, Any], index: int, where: str) -> Device:
     measured = {field: _measure(values[key], key, where) for key, field in _MEASURES.items() if key in values}
     if not measured["memory_bytes"]:
         raise MachineError(f"{where} has {values['memory']} of memory: a device has more than zero bytes")
-    index = int(values.get("index", index))
+    index = values.get("index", index)
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise MachineError(f"{where}, index: {index!r} is not a whole number of zero or more")
     uuid = values.get("uuid")
     return Device(index=index, host=str(entry.get("host", "")), kind=kind, uuid=uuid, **measured)
 
@@ -231,9 +246,11 @@ def _measure(value: Any, key: str, where: str) -> Any:
     """A size in bytes, or FLOP/s as a float; a bandwidth may be written with `/s`."""
     try:
         if key == "flops":
+            if not 0 < float(value) < inf:
+                raise ValueError(f"{value!r} is no rate: write FLOP/s, such as 165.2e12")
             return float(value)
         return parse_bytes(str(value).removesuffix("/s"))
-    except ValueError as problem:
+    except (TypeError, ValueError) as problem:
         raise MachineError(f"{where}, {key}: {problem}") from problem
 
 
@@ -249,7 +266,10 @@ def _device_to(device: Device) -> dict[str, Any]:
     return entry
 
 
-_WRITTEN: dict[str, Callable[[Any], Any]] = {"flops": float, "bandwidth": lambda value: f"{value / 1e9:.10g}GB/s"}
+_WRITTEN: dict[str, Callable[[Any], Any]] = {
+    "flops": float,
+    "bandwidth": lambda value: f"{Decimal(round(value)) / 10**9:f}GB/s",
+}
 
 
 def _link_from(entry: Any, where: str) -> Link:

@@ -73,6 +73,34 @@ class GroupLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A traced run's intervals, indexed by group position, so that any set of groups can be replayed on one device.
+
+    `held` gives, per group, (interval, bytes) pairs; `arrived`, per group, (interval, other group, bytes) of copies
+    between the two that a shared device does not make.
+    """
+
+    num_intervals: int
+    held: tuple[tuple[tuple[int, int], ...], ...]
+    arrived: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    @classmethod
+    def of(cls, graph: ModuleGraph) -> Replay:
+        """The replay of a graph's intervals; of none, nothing."""
+        position = {group.id: i for i, group in enumerate(graph)}
+        held: list[list[tuple[int, int]]] = [[] for _ in position]
+        arrived: list[list[tuple[int, int, int]]] = [[] for _ in position]
+        for index, interval in enumerate(graph.intervals):
+            for name, num_bytes in interval.held:
+                held[position[name]].append((index, num_bytes))
+            for source, num_bytes in interval.arrived:
+                ends = position[source], position[interval.running or source]
+                arrived[ends[0]].append((index, ends[1], num_bytes))
+                arrived[ends[1]].append((index, ends[0], num_bytes))
+        return cls(num_intervals=len(graph.intervals), held=tuple(map(tuple, held)), arrived=tuple(map(tuple, arrived)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostTable:
     """Every group of a graph under one workload, evaluated once.
 
@@ -83,6 +111,7 @@ class CostTable:
     loads: tuple[GroupLoad, ...]
     lasting: tuple[tuple[Flow, int], ...]
     positions: int
+    replay: Replay
 
     @classmethod
     def of(cls, graph: ModuleGraph, quantities: Quantities) -> CostTable:
@@ -92,14 +121,18 @@ class CostTable:
             loads=tuple(_load(group, lasting, quantities) for group in graph),
             lasting=tuple((flow, flow.num_bytes(quantities)) for flow in lasting),
             positions=quantities.positions,
+            replay=Replay.of(graph),
         )
 
-    def on_device(self, members: Iterable[int], device: Device) -> MemoryBreakdown:
-        """What `device` peaks at when it holds the groups at these positions; an unused device costs nothing."""
+    def on_device(self, members: Iterable[int], device: Device, base_bytes: int = 0) -> MemoryBreakdown:
+        """What `device` peaks at when it holds the groups at these positions; an unused device costs nothing.
+
+        `base_bytes` are activations that it holds besides.
+        """
         stage = StageLoad(self)
         for member in members:
             stage.add(member)
-        return stage.breakdown(device)
+        return stage.breakdown(device, base_bytes)
 
 
 class StageLoad:
@@ -111,7 +144,8 @@ class StageLoad:
         self._lasting = [0] * len(PHASES)
         self._shared_buffers = [0] * len(PHASES)
         self._transient = [0] * len(PHASES)
-        self._count = 0
+        self._members: set[int] = set()
+        self._replayed = [0] * table.replay.num_intervals
         self.weights_bytes = 0
         self.kv_bytes_per_position = 0
         self._own_buffers_bytes = 0
@@ -120,7 +154,8 @@ class StageLoad:
     def add(self, member: int) -> None:
         """Take in the group at this position of the table."""
         load = self._table.loads[member]
-        self._count += 1
+        self._members.add(member)
+        self._replay(member)
         self.weights_bytes += load.weights_bytes
         self.kv_bytes_per_position += load.kv_bytes_per_position
         self._own_buffers_bytes += load.buffers_bytes
@@ -133,6 +168,13 @@ class StageLoad:
                 alive = self._shared_buffers if flow.is_buffer else self._lasting
                 alive[PHASES.index(flow.phase)] += num_bytes
 
+    def _replay(self, member: int) -> None:
+        for interval, num_bytes in self._table.replay.held[member]:
+            self._replayed[interval] += num_bytes
+        for interval, other, num_bytes in self._table.replay.arrived[member]:
+            if other in self._members and other != member:
+                self._replayed[interval] -= num_bytes
+
     @property
     def buffers_bytes(self) -> int:
         """The groups' own buffers and, of the phase with most, those they share."""
@@ -141,7 +183,8 @@ class StageLoad:
     @property
     def activations_bytes(self) -> int:
         """The largest, over the phases, of what lasts plus what is transient."""
-        return max(lasting + transient for lasting, transient in zip(self._lasting, self._transient, strict=True))
+        by_phase = (lasting + transient for lasting, transient in zip(self._lasting, self._transient, strict=True))
+        return max(0, *by_phase, *self._replayed)
 
     @property
     def load_bytes(self) -> int:
@@ -149,14 +192,14 @@ class StageLoad:
         kv_cache_bytes = self.kv_bytes_per_position * self._table.positions
         return self.weights_bytes + kv_cache_bytes + self.activations_bytes + self.logits_bytes + self.buffers_bytes
 
-    def breakdown(self, device: Device) -> MemoryBreakdown:
-        """The stage's eight parts on `device`."""
-        if not self._count:
+    def breakdown(self, device: Device, base_bytes: int = 0) -> MemoryBreakdown:
+        """The stage's eight parts on `device`, which holds `base_bytes` of activations besides."""
+        if not self._members:
             return MemoryBreakdown()
         return MemoryBreakdown(
             weights_bytes=self.weights_bytes,
             kv_cache_bytes=self.kv_bytes_per_position * self._table.positions,
-            activations_bytes=self.activations_bytes,
+            activations_bytes=self.activations_bytes + base_bytes,
             logits_bytes=self.logits_bytes,
             buffers_bytes=self.buffers_bytes,
             workspace_bytes=WORKSPACE_BYTES,

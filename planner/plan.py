@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from planner.errors import MachineError, PlanMismatchError, SourceError
 from planner.graph import INPUTS, ModuleGraph
@@ -16,12 +16,13 @@ from planner.machine import Machine
 from planner.memory import MemoryBreakdown
 from planner.paths import collapse
 from planner.polynomial import Quantities
-from planner.problem import Problem, Solution, evaluate
+from planner.problem import Problem, Solution, evaluate, longest_cache
 from planner.textfile import dump_mapping, parse_mapping, read_mapping, write_atomically
 from planner.workload import Workload
 
 FORMAT = "plan-devices/1"
 
+Record = TypeVar("Record")
 DeviceKey = int | str
 """What a device map's values are: an index on a single host, `host/cuda:1` where there are several."""
 
@@ -182,9 +183,18 @@ def device_key(machine: Machine, position: int) -> DeviceKey:
 
 
 def make_plan(
-    problem: Problem, solution: Solution, *, model: ModelSummary, workload: Workload, fingerprint: str
+    problem: Problem,
+    solution: Solution,
+    *,
+    model: ModelSummary,
+    workload: Workload,
+    fingerprint: str,
+    home: int | None = None,
 ) -> Plan:
-    """The plan that a solution amounts to."""
+    """The plan that a solution amounts to.
+
+    `home` is the position of the device for all inputs and results; None puts each input where it is consumed.
+    """
     graph, machine = problem.graph, problem.machine
     keys = {
         graph.groups[member].id: device_key(machine, stage.device)
@@ -192,7 +202,9 @@ def make_plan(
         for member in stage.members
     }
     evaluation = evaluate(problem, solution.stages)
-    home = _inputs_home(graph, keys)
+    inputs = _input_devices(graph, keys)
+    if home is not None:
+        inputs = {"input_ids": device_key(machine, home), **dict.fromkeys(inputs, device_key(machine, home))}
     gap = (solution.bound - solution.extra_positions) / max(solution.bound, 1)
     return Plan(
         model=model,
@@ -200,11 +212,11 @@ def make_plan(
         workload=workload,
         quantities=problem.quantities,
         placement=collapse({module: keys[group.id] for group in graph for module in group.modules}),
-        input_devices=_input_devices(graph, keys),
+        input_devices=inputs,
         stages=tuple(_stage(problem, stage.device, stage.members) for stage in solution.stages),
-        boundaries=_boundaries(problem, {**keys, INPUTS: home}),
+        boundaries=_boundaries(problem, {**keys, INPUTS: inputs.get("input_ids", next(iter(keys.values())))}),
         memory={device_key(machine, position): part for position, part in enumerate(evaluation.memory)},
-        kv_tokens=evaluation.kv_positions,
+        kv_tokens=longest_cache(problem, solution.stages),
         solver=SolverReport(
             status=solution.status,
             objective="balance",
@@ -239,12 +251,6 @@ def _input_devices(graph: ModuleGraph, keys: Mapping[str, DeviceKey]) -> dict[st
     return devices
 
 
-def _inputs_home(graph: ModuleGraph, keys: Mapping[str, DeviceKey]) -> DeviceKey:
-    """Where results return to: the device that takes the prompt."""
-    devices = _input_devices(graph, keys)
-    return devices.get("input_ids", next(iter(keys.values())))
-
-
 def _boundaries(problem: Problem, keys: Mapping[str, DeviceKey]) -> tuple[Boundary, ...]:
     """Each crossing tensor once per phase and destination device, as the lean boundaries send it."""
     found: dict[tuple[str, str, DeviceKey, DeviceKey], int] = {}
@@ -271,21 +277,54 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
     workload = dict(content["workload"])
     if workload.get("image_size"):
         workload["image_size"] = tuple(workload["image_size"])
-    return Plan(
-        model=ModelSummary(**content["model"]),
-        machine=Machine.from_dict(content["machine"]),
-        workload=Workload(**workload),
-        quantities=Quantities(**content["quantities"]),
-        placement=content["device_map"],
-        input_devices=content["input_devices"],
+    machine = Machine.from_dict(content["machine"])
+    plan = Plan(
+        model=_record(ModelSummary, content["model"]),
+        machine=machine,
+        workload=_record(Workload, workload),
+        quantities=_record(Quantities, content["quantities"]),
+        placement=_placement(content, "device_map", machine),
+        input_devices=_placement(content, "input_devices", machine),
         stages=tuple(Stage(device=s["device"], modules=tuple(s["modules"])) for s in content["stages"]),
-        boundaries=tuple(Boundary(**boundary) for boundary in content["boundaries"]),
+        boundaries=tuple(_record(Boundary, boundary) for boundary in content["boundaries"]),
         memory={_key_from(key): _memory_from(parts) for key, parts in content["memory"].items()},
         kv_tokens=content["capacity"]["kv_tokens"],
-        solver=SolverReport(**content["solver"]),
-        fingerprint=content["fingerprints"]["model"],
-        proof=content["proof"],
+        solver=_record(SolverReport, content["solver"]),
+        fingerprint=str(content["fingerprints"]["model"]),
+        proof=dict(content["proof"]),
     )
+    if list(plan.memory) != _keys(machine):
+        raise ValueError(f"memory lists devices {list(plan.memory)}, the machine has {_keys(machine)}")
+    return plan
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "float": (int, float)}
+
+
+def _record(kind: type[Record], content: Mapping[str, Any]) -> Record:
+    """A dataclass of plain values, with each value's type checked.
+
+    Raises: TypeError naming the field.
+    """
+    value = kind(**content)
+    for part in fields(value):  # type: ignore[arg-type]
+        found, expected = getattr(value, part.name), _TYPES.get(str(part.type))
+        if expected and (isinstance(found, bool) or not isinstance(found, expected)):
+            raise TypeError(f"{part.name} is {found!r}, not {part.type}")
+    return value
+
+
+def _placement(content: Mapping[str, Any], name: str, machine: Machine) -> dict[str, DeviceKey]:
+    """A map from names to the machine's devices; ValueError for any other device."""
+    placement, known = dict(content[name]), _keys(machine)
+    wrong = [f"{module}: {key!r}" for module, key in placement.items() if key not in known]
+    if wrong:
+        raise ValueError(f"{name} says {', '.join(wrong[:3])}; the machine's devices are {known}")
+    return placement
+
+
+def _keys(machine: Machine) -> list[DeviceKey]:
+    return [device_key(machine, position) for position in range(len(machine.devices))]
 
 
 def _memory_from(parts: Mapping[str, int]) -> MemoryBreakdown:

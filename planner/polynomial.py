@@ -78,7 +78,11 @@ class Polynomial:
     @classmethod
     def from_dict(cls, terms: Mapping[str, int]) -> Polynomial:
         """The inverse of `to_dict`."""
-        return _normalised({tuple(sorted(key.split("*"))) if key != "1" else (): f for key, f in terms.items()})
+        found: dict[tuple[str, ...], int] = {}
+        for key, factor in terms.items():
+            names = tuple(sorted(key.split("*"))) if key != "1" else ()
+            found[names] = found.get(names, 0) + factor
+        return _normalised(found)
 
 
 def variable(name: str) -> Polynomial:

@@ -63,7 +63,9 @@ def _device_table(plan: Plan) -> Table:
         peak = plan.memory[key]
         sizes = f" {_gib(peak.total_bytes)} of {_gib(device.memory_bytes)} GiB"
         table.add_row(Text(device.name, style="bold"), Text.assemble(memory_bar(peak, device.memory_bytes), sizes))
-        table.add_row(Text(device.kind or "", style="dim"), ", ".join(short_names(_modules_on(plan, key))) or "nothing")
+        table.add_row(
+            Text(device.kind or "", style="dim"), Text(", ".join(short_names(_modules_on(plan, key))) or "nothing")
+        )
     return table
 
 
@@ -73,7 +75,7 @@ def memory_bar(peak: MemoryBreakdown, memory_bytes: int) -> Text:
     filled, cells = 0, 0
     for name, num_bytes in peak.parts.items():
         filled += num_bytes
-        end = min(BAR_CELLS, round(filled / memory_bytes * BAR_CELLS))
+        end = min(BAR_CELLS, round(filled / max(memory_bytes, 1) * BAR_CELLS))
         glyph, style = _PARTS[name]
         bar.append(glyph * (end - cells), style=style)
         cells = end
@@ -95,7 +97,7 @@ def _memory_table(plan: Plan, devices: list[tuple[int, Device]]) -> Table:
     table.add_column("GiB at peak", no_wrap=True)
     peaks = [plan.memory[device_key(plan.machine, position)] for position, _ in devices]
     for _, device in devices:
-        table.add_column(device.name, justify="right", no_wrap=True)
+        table.add_column(Text(device.name), justify="right", no_wrap=True)
     for part, (glyph, style) in _PARTS.items():
         table.add_row(Text.assemble((glyph, style), f" {LABELS[part]}"), *(_gib(peak.parts[part]) for peak in peaks))
     free = (device.memory_bytes - peak.total_bytes for (_, device), peak in zip(devices, peaks, strict=True))

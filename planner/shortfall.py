@@ -5,7 +5,6 @@ Every piece of advice was found by solving again, so following it gives a plan.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -48,9 +47,10 @@ def _device_line(device: Device, peak: MemoryBreakdown) -> str:
     parts = {name: num_bytes for name, num_bytes in peak.parts.items() if num_bytes}
     listed = " + ".join(f"{format_bytes(num_bytes)} {LABELS[name]}" for name, num_bytes in parts.items())
     binding = max(parts, key=lambda name: parts[name])
+    verb = "bind" if LABELS[binding].endswith("s") else "binds"
     return (
         f"{device.name} is short by {format_bytes(peak.total_bytes - device.memory_bytes)}: {listed} = "
-        f"{format_bytes(peak.total_bytes)}, of {format_bytes(device.memory_bytes)}. The {LABELS[binding]} bind."
+        f"{format_bytes(peak.total_bytes)}, of {format_bytes(device.memory_bytes)}. The {LABELS[binding]} {verb}."
     )
 
 
@@ -97,4 +97,8 @@ def _fits(problem: Problem) -> bool:
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number below `limit` that fits, or 0; fitting is downward closed."""
-    return bisect_right(range(1, limit), 0, key=lambda number: 0 if fits(number) else 1)
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -14,22 +14,23 @@ from planner.errors import PlannerError
 MAX_BYTES = 16 * 2**20
 """Largest plan or machine file that is read: a hundred times the largest plan seen."""
 
+MAX_DEPTH = 64
+"""Deepest nesting that is read; a plan has six levels. The C loader recurses on the C stack, so too deep is a crash."""
+
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _StrictLoader(_Loader):  # type: ignore[misc]
-    """Safe YAML without aliases (they can grow a file a billionfold) and without keys given twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError("aliases are not allowed here", event.start_mark, str(event.anchor), None)
-        return super().compose_node(parent, index)
+    """Safe YAML without keys given twice; what its events may be is checked before."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    "while reading a mapping", node.start_mark, "a key is neither text nor number", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(
@@ -63,12 +64,33 @@ def read_mapping(path: Path, what: str, error: type[PlannerError]) -> dict[str, 
 def parse_mapping(text: str, what: str, error: type[PlannerError]) -> dict[str, Any]:
     """The mapping that `text` holds as YAML (JSON included)."""
     try:
+        _check_events(text)
         content = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as problem:
         raise error(f"{what} is not valid YAML: {' '.join(str(problem).split())}") from problem
     if not isinstance(content, dict):
         raise error(f"{what} holds {type(content).__name__}, not a mapping of keys to values")
     return content
+
+
+def _check_events(text: str) -> None:
+    """Refuse aliases (they can grow a file a billionfold), tags and deep nesting, before anything is composed.
+
+    The C loader composes in C, out of reach of a Python override.
+    """
+    depth = 0
+    events: Any = yaml.parse(text, Loader=_Loader)
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        complaint = None
+        if isinstance(event, yaml.AliasEvent):
+            complaint = f"the alias *{event.anchor} is not allowed here"
+        elif getattr(event, "tag", None):
+            complaint = f"the tag {event.tag} is not allowed here"
+        elif depth > MAX_DEPTH:
+            complaint = f"nested deeper than {MAX_DEPTH} levels"
+        if complaint:
+            raise yaml.MarkedYAMLError(problem=complaint, problem_mark=event.start_mark)
 
 
 def dump_mapping(content: dict[str, Any]) -> str:

@@ -6,10 +6,12 @@ GiB is 2**30 and GB is 10**9, everywhere. A bare number is refused: "24" of what
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 KIB = 2**10
 MIB = 2**20
 GIB = 2**30
+EIB = 2**60
 
 _BYTES_PER_UNIT = {
     "b": 1,
@@ -40,7 +42,10 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} has no unit: write {number}GiB (2**30 bytes) or {number}GB (10**9 bytes)")
     if unit.lower() not in _BYTES_PER_UNIT:
         raise ValueError(f"{text!r} has the unknown unit {unit!r}: known are B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
-    return round(float(number) * _BYTES_PER_UNIT[unit.lower()])
+    num_bytes = round(Fraction(number) * _BYTES_PER_UNIT[unit.lower()])
+    if num_bytes >= EIB:
+        raise ValueError(f"{text[:40]!r} is 1 EiB (2**60 bytes) or more: no machine holds that")
+    return num_bytes
 
 
 def format_bytes(num_bytes: int) -> str:

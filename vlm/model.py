@@ -95,15 +95,24 @@ def find_model(name_or_path: str) -> Model:
     Raises: SourceError for an unknown name or a folder that cannot be read; UnsupportedModelError for an architecture
     that is not known.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists() or name_or_path.startswith((".", "/", "~")):
-        if not path.exists():
+    path, exists = _looked_up(name_or_path)
+    if exists or name_or_path.startswith((".", "/", "~")):
+        if not exists:
             raise SourceError(f"there is no folder {name_or_path}: check the path, or give a name from the catalogue")
         return _from_folder(path)
     entry = lookup(name_or_path)
     facts = InternLM2Facts.from_config(entry.config, f"catalogue entry {entry.name}")
     name = name_or_path.strip().lower().rpartition("/")[2]
     return Model(name=name, origin="catalogue", facts=facts, default_dtype=entry.dtype, config=entry.config)
+
+
+def _looked_up(name_or_path: str) -> tuple[Path, bool]:
+    """MODEL as a path, and whether it is there; a name that is no possible path is not."""
+    try:
+        path = Path(name_or_path).expanduser()
+        return path, path.exists()
+    except (OSError, RuntimeError, ValueError):
+        return Path(name_or_path), False
 
 
 def _from_folder(folder: Path) -> Model:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from planner.errors import PlannerError
 
@@ -35,16 +35,10 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     arguments = [_hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        commands = "\n".join(f"  {name:<9}{help_text}" for name, help_text in COMMANDS.items())
-        print(_USAGE.format(commands=commands), end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(f"plan-devices {version('plan-devices')}")
-        return 0
-    command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("plan", arguments)
     try:
-        return int(import_module(f"planner.cli.{command}").run(rest))
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except PlannerError as problem:
         print(f"plan-devices: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -54,6 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<9}{help_text}" for name, help_text in COMMANDS.items())
+        print(_USAGE.format(commands=commands), end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"plan-devices {_version()}")
+        return 0
+    command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("plan", arguments)
+    return int(import_module(f"planner.cli.{command}").run(rest))
+
+
+def _version() -> str:
+    try:
+        return version("plan-devices")
+    except PackageNotFoundError:
+        return "(run from a source tree, not installed)"
 
 
 def _hyphenated(argument: str) -> str:

@@ -13,6 +13,9 @@ from planner.units import parse_bytes
 
 Value = TypeVar("Value")
 
+MAX_DIGITS = 12
+"""Of a count: what is computed from counts must stay printable as a float."""
+
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """--gpus, --machine, --reserve, --context and --max-memory."""
@@ -70,8 +73,8 @@ def size(text: str) -> int:
 
 def count(text: str) -> int:
     """A whole number of zero or more."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most {MAX_DIGITS} digits")
     return int(text)
 
 

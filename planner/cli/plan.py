@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
     for note in _notes(model, arguments):
         console.print(note, markup=False)
-    constraints = Constraints(pins=dict(arguments.pin), split_vision=arguments.split_vision)
+    constraints = Constraints(pins=_pins(arguments.pin), split_vision=arguments.split_vision)
     plan = plan_for(model, machine, _workload(model, arguments), constraints)
     _write(_rendered(plan, arguments.format), arguments.output)
     console.print(report(plan))
@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--json", dest="format", action="store_const", const="json", help="same as --format json")
     out.add_argument("--quiet", action="store_true", help="no reasoning on stderr")
     return parser
+
+
+def _pins(asked: Sequence[tuple[str, int]]) -> dict[str, int]:
+    pins: dict[str, int] = {}
+    for name, device in asked:
+        if pins.setdefault(name, device) != device:
+            raise ConstraintError(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
+    return pins
 
 
 def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
@@ -122,7 +130,11 @@ def _check_output(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     if output is None:
         return
-    if output.exists() and not arguments.force:
+    try:
+        exists = output.exists()
+    except OSError as problem:
+        raise SourceError(f"{output} cannot be written: {problem.strerror}") from problem
+    if exists and not arguments.force:
         raise ConstraintError(f"{output} exists: choose another -o FILE, or overwrite it with --force")
     if not output.parent.is_dir():
         raise ConstraintError(f"{output.parent} is no folder: create it before writing {output.name} there")

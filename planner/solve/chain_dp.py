@@ -1,10 +1,11 @@
 """Exact `balance` placement of a chain of units on unequal devices, by dynamic programming.
 
-A placement cuts the units, in execution order, into one contiguous stage per used device. Growing a stage never makes
-it smaller, so for any bar (so many extra KV positions, so much memory left free) each device has a furthest reach from
-every start, and "can the rest be covered by these devices?" is a small recursion over how many devices of each class
-are left. The best bar is found by bisection over the values that stages can take, hence exactly. Devices with equal
-memory and overheads form a class: eight equal GPUs cost as much as one with a counter to eight.
+A placement cuts the units, in execution order, into one contiguous stage per used device. For any bar (so many extra KV
+positions, so much memory left free) each device may end its stage at certain ends from every start, and "can the rest
+be covered by these devices?" is a small recursion over how many devices of each class are left. Growing a stage hardly
+ever makes it smaller (only where a copy between two of its groups falls away); where it never does, those ends are one
+run. The best bar is found by bisection over the values that stages can take, hence exactly. Devices with equal memory
+and overheads form a class: eight equal GPUs cost as much as one with a counter to eight.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from planner.memory import WORKSPACE_BYTES, StageLoad
 from planner.problem import PlacedStage, Problem, Solution
 
 Counts = tuple[int, ...]
-Reach = list[list[int]]
+Ends = list[list[int]]
+"""Per class and start, the ends of a stage that starts there, as a bit set."""
 Bar = Callable[[int, int, "DeviceClass"], bool]
 Value = TypeVar("Value")
 
@@ -32,10 +34,11 @@ NO_KV = 2**62
 class DeviceClass:
     """Devices that are interchangeable: equal memory, equal overheads, and neither is named by a pin alone."""
 
-    def __init__(self, positions: Sequence[int], device: Device) -> None:
+    def __init__(self, positions: Sequence[int], device: Device, base_bytes: int) -> None:
         self.positions = tuple(positions)
         self.memory_bytes = device.memory_bytes
-        self.capacity_bytes = device.memory_bytes - device.context_bytes - device.reserve_bytes - WORKSPACE_BYTES
+        overhead_bytes = device.context_bytes + device.reserve_bytes + WORKSPACE_BYTES
+        self.capacity_bytes = device.memory_bytes - overhead_bytes - base_bytes
 
 
 def solve(problem: Problem) -> Solution:
@@ -64,6 +67,7 @@ class _Chain:
         self._units = problem.units
         self._classes = _device_classes(problem)
         self._bytes, self._kv = _segment_loads(problem)
+        self._grows = [row[start + 1 :] == sorted(row[start + 1 :]) for start, row in enumerate(self._bytes)]
 
     def bar(self, *, extra: int, free: Fraction = Fraction(0), relief_bytes: int = 0) -> Bar:
         """Whether the units [start, end) on a device leave room for `extra` positions and the fraction `free`.
@@ -96,12 +100,12 @@ class _Chain:
 
     def stages(self, options: list[Counts], bar: Bar) -> tuple[PlacedStage, ...]:
         """The placement that takes, stage by stage, the device of lowest index and then the longest run."""
-        cover, reach = self._cover(bar), self._reach(bar)
+        cover, ends = self._cover(bar), self._ends(bar)
         waiting = [list(kind.positions) for kind in self._classes]
         placed: list[PlacedStage] = []
         start = 0
         while start < len(self._units):
-            kind, end, options = next(self._next_stages(start, options, waiting, reach, cover))
+            kind, end, options = next(self._next_stages(start, options, waiting, ends, cover))
             members = sorted(member for unit in self._units[start:end] for member in unit.members)
             placed.append(PlacedStage(device=waiting[kind].pop(0), members=tuple(members)))
             start = end
@@ -158,32 +162,30 @@ class _Chain:
                 yield start, end
 
     def _next_stages(
-        self, start: int, options: list[Counts], waiting: list[list[int]], reach: Reach, cover: Callable[[Counts], int]
+        self, start: int, options: list[Counts], waiting: list[list[int]], ends: Ends, cover: Callable[[Counts], int]
     ) -> Iterator[tuple[int, int, list[Counts]]]:
         """Classes and ends that a stage at `start` may take, best first, with the device counts left after it."""
         for kind in sorted((k for k, left in enumerate(waiting) if left), key=lambda k: waiting[k][0]):
-            for end in range(reach[kind][start], start, -1):
+            for end in (end for end in range(len(self._units), start, -1) if ends[kind][start] >> end & 1):
                 left = [_less(counts, kind) for counts in options if counts[kind]]
                 fitting = [counts for counts in left if cover(counts) >> end & 1]
                 if fitting:
                     yield kind, end, fitting
 
-    def _reach(self, bar: Bar) -> Reach:
-        """Per class and start, the furthest end of a stage that starts there; the start itself when none fits."""
-        return [[self._furthest(start, kind, bar) for start in range(len(self._units))] for kind in self._classes]
+    def _ends(self, bar: Bar) -> Ends:
+        return [[self._ends_from(start, kind, bar) for start in range(len(self._units))] for kind in self._classes]
 
-    def _furthest(self, start: int, kind: DeviceClass, bar: Bar) -> int:
-        ends = range(start + 1, len(self._units) + 1)
-        end = start + bisect_right(ends, 0, key=lambda end: 0 if bar(start, end, kind) else 1)
-        for position in range(start, end):
-            pinned = self._units[position].pinned
-            if pinned is not None and pinned not in kind.positions:
-                return position
-        return end
+    def _ends_from(self, start: int, kind: DeviceClass, bar: Bar) -> int:
+        others = (i for i in range(start, len(self._units)) if self._units[i].pinned not in (None, *kind.positions))
+        ends = range(start + 1, next(others, len(self._units)) + 1)
+        if self._grows[start]:
+            fitting = bisect_right(ends, 0, key=lambda end: 0 if bar(start, end, kind) else 1)
+            return (1 << (start + fitting + 1)) - (1 << (start + 1))
+        return sum(1 << end for end in ends if bar(start, end, kind))
 
     def _cover(self, bar: Bar) -> Callable[[Counts], int]:
         """A function from device counts to a bit set: the starts from which exactly these devices cover the rest."""
-        reach = self._reach(bar)
+        ends = self._ends(bar)
         num_units = len(self._units)
         known: dict[Counts, int] = {(0,) * len(self._classes): 1 << num_units}
 
@@ -191,19 +193,15 @@ class _Chain:
             if counts not in known:
                 known[counts] = 0
                 for kind in (kind for kind, count in enumerate(counts) if count):
-                    known[counts] |= _starts_before(starts(_less(counts, kind)), reach[kind])
+                    known[counts] |= _starts_before(starts(_less(counts, kind)), ends[kind])
             return known[counts]
 
         return starts
 
 
-def _starts_before(rest: int, reach: list[int]) -> int:
+def _starts_before(rest: int, ends: list[int]) -> int:
     """The starts from which one stage gets to a start in the bit set `rest`, as a bit set."""
-    found = 0
-    for start, end in enumerate(reach):
-        ends = (1 << (end + 1)) - (1 << (start + 1))
-        found |= bool(rest & ends) << start
-    return found
+    return sum(bool(rest & reachable) << start for start, reachable in enumerate(ends))
 
 
 def _less(counts: Counts, kind: int) -> Counts:
@@ -215,9 +213,12 @@ def _device_classes(problem: Problem) -> list[DeviceClass]:
     pinned = {unit.pinned for unit in problem.units}
     alike: dict[object, list[int]] = {}
     for position, device in enumerate(problem.machine.devices):
-        sizes = (device.memory_bytes, device.context_bytes, device.reserve_bytes)
+        sizes = (device.memory_bytes, device.context_bytes, device.reserve_bytes, problem.base_bytes(position))
         alike.setdefault((position if position in pinned else None, sizes), []).append(position)
-    return [DeviceClass(positions, problem.machine.devices[positions[0]]) for positions in alike.values()]
+    return [
+        DeviceClass(positions, problem.machine.devices[positions[0]], problem.base_bytes(positions[0]))
+        for positions in alike.values()
+    ]
 
 
 def _segment_loads(problem: Problem) -> tuple[list[list[int]], list[list[int]]]:

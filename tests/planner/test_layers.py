@@ -16,7 +16,7 @@ PACKAGES = ("planner", "vlm", "runtime")
 HEAVY = ("torch", "transformers", "accelerate", "pynvml")
 
 ALLOWED_PLACES = {
-    "networkx": {"planner/graph.py", "planner/constraints.py"},
+    "networkx": {"planner/graph.py", "planner/constraints.py", "runtime/traced_graph.py"},
     "yaml": {"planner/textfile.py"},
     "rich": {"planner/report.py", "planner/cli"},
     "pynvml": {"runtime/probe.py"},
