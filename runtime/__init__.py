@@ -6,13 +6,15 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "dry_run": "runtime.proof",
     "inspect_placement": "runtime.inspection",
     "load_sharded": "runtime.load",
+    "plan_model": "runtime.planning",
     "place_inputs": "runtime.load",
     "probe_machine": "runtime.probe",
 }
 
-__all__ = ["inspect_placement", "load_sharded", "place_inputs", "probe_machine"]
+__all__ = ["dry_run", "inspect_placement", "load_sharded", "place_inputs", "plan_model", "probe_machine"]
 
 
 def __getattr__(name: str) -> Any:

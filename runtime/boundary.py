@@ -1,7 +1,8 @@
 """Moves tensors to where a module runs; keyword arguments, which layers share, once per device however many read them.
 
-Only modules that can receive something from elsewhere get a hook: those away from the inputs' device, and the first
-of each stage. Caches are left alone: every layer's part already lies on that layer's device.
+One hook per entry of the device map and per atom inside it, because models call the parts of a module without calling
+the module: `vision.encode(...)`. Where everything is in place a hook costs a comparison per argument. Caches are left
+alone: every layer's part already lies on that layer's device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from planner.paths import owner
+from runtime.atoms import find_atoms
+from runtime.relocate import relocate
 
 Copies = dict[int, tuple["weakref.ref[torch.Tensor]", int, torch.Tensor]]
 
@@ -30,17 +35,14 @@ class Courier:
 
     def bring(self, value: Any, *, shared: bool) -> Any:
         """`value` with every tensor in it on the device; what is already there is passed on as it is."""
-        if isinstance(value, torch.Tensor):
-            if value.device == self._device:
-                return value
-            return self._remembered(value) if shared else value.to(self._device, non_blocking=True)
-        if type(value) in (tuple, list):
-            return type(value)([self.bring(item, shared=shared) for item in value])
-        if type(value) is dict:
-            return {key: self.bring(item, shared=shared) for key, item in value.items()}
-        return value
+        return relocate(value, self._remembered if shared else self._moved)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.device == self._device else tensor.to(self._device, non_blocking=True)
 
     def _remembered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self._device:
+            return tensor
         known = self._copies.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
@@ -55,23 +57,29 @@ def attach_boundaries(
 ) -> list[RemovableHandle]:
     """Hook `model` so that it runs split as `device_map` says, with inputs and results on `home`.
 
-    Keys are module FQNs in execution order.
+    Keys are FQNs; those of bare tensors need no hook. Arguments that the model's
+    `_skip_keys_device_placement` names, its caches, stay where they are.
     """
+    skipped = getattr(model, "_skip_keys_device_placement", None) or ()
+    skip_keys = frozenset({skipped} if isinstance(skipped, str) else skipped)
+    modules = dict(model.named_modules())
     couriers = {device: Courier(device) for device in dict.fromkeys(device_map.values())}
-    handles = []
-    previous: torch.device | None = None
-    for name, device in device_map.items():
-        if name and (device != home or device != previous):
-            hook = _arrival_hook(couriers[device])
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-        previous = device
+    names = dict.fromkeys((*device_map, *(atom.name for atom in find_atoms(model))))
+    handles = [
+        modules[name].register_forward_pre_hook(_arrival_hook(couriers[device], skip_keys), with_kwargs=True)
+        for name in names
+        if name in modules and (device := device_map.get(owner(name, device_map) or "")) is not None
+    ]
     handles.append(model.register_forward_hook(_return_hook(home)))
     return handles
 
 
-def _arrival_hook(courier: Courier) -> Any:
+def _arrival_hook(courier: Courier, skip_keys: frozenset[str]) -> Any:
     def bring_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return courier.bring(args, shared=False), courier.bring(kwargs, shared=True)
+        brought = {
+            name: value if name in skip_keys else courier.bring(value, shared=True) for name, value in kwargs.items()
+        }
+        return courier.bring(args, shared=False), brought
 
     return bring_inputs
 

@@ -15,6 +15,9 @@ import pynvml
 from planner.errors import MachineError
 from planner.machine import Machine, gpu_presets
 
+ROUNDING_BYTES = 64 * 2**20
+"""Free memory is rounded down to this: equal cards then count as equal, and a plan outlives small changes."""
+
 ADVICE = "Describe the machine instead: --gpus 2x24GiB, or --machine FILE."
 
 
@@ -115,7 +118,11 @@ def _text(value: str | bytes) -> str:
 
 def _entry(index: int, reading: GpuReading) -> dict[str, object]:
     """The card as a machine file has it; a known model brings its speed along."""
-    entry = {"index": index, "uuid": reading.uuid, "memory": f"{reading.free_bytes}B"}
+    entry = {
+        "index": index,
+        "uuid": reading.uuid,
+        "memory": f"{reading.free_bytes // ROUNDING_BYTES * ROUNDING_BYTES}B",
+    }
     kind = _preset_name(reading.name)
     return {**entry, "kind": kind} if kind in gpu_presets() else entry
 

@@ -35,6 +35,7 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _device_field_at = ctypes.c_int64.from_address
+_data_field_at = ctypes.c_size_t.from_address
 
 # A torch.library.Library takes its registrations back when it is collected.
 _libraries: list[torch.library.Library] = []
@@ -52,6 +53,7 @@ class Argument:
     is_tensor: bool
     is_written: bool
     is_out: bool
+    is_keyword: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,16 +125,24 @@ def _on_own_device(method: Kernel) -> Kernel:
     return placed
 
 
-def relabelled(tensor: torch.Tensor, index: int | None) -> torch.Tensor:
+def relabelled(tensor: torch.Tensor, index: int | None, address: int | None = None) -> torch.Tensor:
     """The same bytes as a tensor of virtual GPU `index`, or of the CPU when it is None; about one microsecond.
 
     The result keeps `tensor`'s storage alive. Its own storage begins at `tensor`'s first element and ends at its
-    last.
+    last. With `address` it begins there instead, which nobody may read.
     """
     capsule = torch._C._to_dlpack(tensor)
     label = _DLPACK_CPU if index is None else _DLPACK_EXTENSION | index << 32
-    _device_field_at(_capsule_pointer(capsule, b"dltensor") + _DLPACK_DEVICE_OFFSET).value = label
+    pointer = _capsule_pointer(capsule, b"dltensor")
+    _device_field_at(pointer + _DLPACK_DEVICE_OFFSET).value = label
+    if address is not None:
+        _data_field_at(pointer).value = address
     return torch._C._from_dlpack(capsule)
+
+
+def forbid_reading(tensor: torch.Tensor) -> None:
+    """Let `data_ptr()` of every tensor on this storage raise RuntimeError from now on."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,8 +150,16 @@ def negated_view(tensor: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(tensor)
 
 
+def suggested_memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """The layout that ATen's convolutions take a tensor to be in, by its strides alone."""
+    return cast("torch.memory_format", torch._prims_common.suggest_memory_format(tensor))
+
+
 def metadata_kernel(op: Op) -> Kernel:
-    """The CPU's kernel of an operation that reads and writes no element, to be run on a `vgpu` tensor as it is."""
+    """The CPU's kernel of an operation, to be run as it is on tensors of other devices.
+
+    For operations that read and write no element, and those that torch implements alike for every device.
+    """
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     redispatch = op._handle.redispatch_boxed
 
@@ -194,6 +212,7 @@ def _argument(argument: Any) -> Argument:
         is_tensor="Tensor" in str(argument.type),
         is_written=argument.alias_info is not None and argument.alias_info.is_write,
         is_out=argument.is_out,
+        is_keyword=argument.kwarg_only,
     )
 
 
@@ -205,3 +224,12 @@ def install_kernels(kernels: Mapping[str, Kernel], fallback: Kernel) -> None:
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(fallback, _KEY)
     _libraries.extend((aten, everything))
+
+
+def install_meta_kernels(kernels: Mapping[str, Kernel]) -> None:
+    """Let ATen operations with an operand on the meta device run `kernels`, by name."""
+    aten = torch.library.Library("aten", "IMPL")
+    for name, kernel in kernels.items():
+        # Library.impl refuses this key for operations that torch composes; its own callee does not.
+        aten.m.impl(name, "Meta", kernel, False)
+    _libraries.append(aten)

@@ -13,9 +13,11 @@ import torch
 
 from runtime.virtual import adapter
 from runtime.virtual.adapter import DEVICE_TYPE, Kernel, Op, Signature
+from runtime.virtual.agreement import agreed_device, rule_of
 from runtime.virtual.process import PROCESS
-from runtime.virtual.rules import DeviceMismatchError, Operand, Rule, complaint, rule_for, running_device
-from runtime.virtual.tensors import hosted, published, rebind
+from runtime.virtual.shape_kernels import META_KERNELS, ShapeKernel, copied
+from runtime.virtual.shapes import SMALL_NUMEL, Template, is_floating, is_shape_only
+from runtime.virtual.tensors import hosted, published, rebind, shape_only
 
 _HOST = torch.device("cpu")
 _META = torch.device("meta")
@@ -66,6 +68,11 @@ def install_all_kernels() -> None:
     adapter.install_kernels(kernels, any_other)
 
 
+def install_shape_only_kernels() -> None:
+    """Let tensors of the meta device be copied to shape-only virtual GPUs."""
+    adapter.install_meta_kernels(META_KERNELS)
+
+
 def _full_name(op: Op) -> str:
     return op.name().removeprefix("aten::")
 
@@ -86,19 +93,19 @@ def computing_kernel(op: Op, *, is_whole: bool = False) -> Kernel:
     `is_whole`: torch composes `op` on the host, and may choose by what asks for gradients, so the host is told.
     """
     signature = adapter.signature_of(op)
-    rule = _rule_of(signature)
+    rule = rule_of(signature)
     results, num_tensors = signature.results, signature.num_tensors
     # Takes a Python number for a tensor, by the overload for scalars: `x % 3` arrives as remainder.Tensor(x, 3), and
     # only a number that stays one promotes and rounds as on the CPU.
     any_overload = op.overloadpacket
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+    def on_host(*args: Any, **kwargs: Any) -> Any:
         devices: list[torch.device] = []
         host_args = [_on_host(value, devices) for value in args]
         host_kwargs = {name: _on_host(value, devices) for name, value in kwargs.items()} if kwargs else kwargs
         device = devices[0]
         if devices.count(device) != len(devices):
-            device = _agreed_device(signature, rule, args, kwargs)
+            device = agreed_device(signature, rule, args, kwargs)
         if is_whole:
             _ask_gradients(args, host_args)
         run = op if len(devices) >= num_tensors else any_overload
@@ -109,6 +116,17 @@ def computing_kernel(op: Op, *, is_whole: bool = False) -> Kernel:
         if PROCESS.observer is not None:
             PROCESS.observer.ran(op, args, result)
         return result
+
+    return in_either_mode(op, signature, on_host)
+
+
+def in_either_mode(op: Op, signature: Signature, on_host: Kernel) -> Kernel:
+    """The kernel that heeds shape-only mode."""
+    without_bytes = ShapeKernel(op, signature, on_host)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        addresses = PROCESS.shape_only
+        return on_host(*args, **kwargs) if addresses is None else without_bytes(addresses, args, kwargs)
 
     return kernel
 
@@ -124,11 +142,11 @@ def out_kernel(op: Op) -> Kernel:
     Torch's composed operations hand `empty(0)` to an out variant and expect it to be resized.
     """
     signature = adapter.signature_of(op)
-    rule = _rule_of(signature)
+    rule = rule_of(signature)
     into_given = computing_kernel(op)
     names = [argument.name for argument in signature.arguments if argument.is_out]
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+    def on_host(*args: Any, **kwargs: Any) -> Any:
         empty = {name: kwargs[name] for name in names if _is_replaceable(kwargs.get(name))}
         if not empty:
             return into_given(*args, **kwargs)
@@ -136,15 +154,15 @@ def out_kernel(op: Op) -> Kernel:
         host_args = [_on_host(value, devices) for value in args]
         host_kwargs = {name: _on_host(value, devices) for name, value in kwargs.items()}
         if devices.count(devices[0]) != len(devices):
-            _agreed_device(signature, rule, args, kwargs)
-        fresh = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in empty.items()}
+            agreed_device(signature, rule, args, kwargs)
+        fresh = {name: torch.empty(0, dtype=tensor.dtype, device=_HOST) for name, tensor in empty.items()}
         op(*host_args, **(host_kwargs | fresh))
         for name, tensor in empty.items():
-            rebind(tensor, fresh[name])
+            rebind(tensor, published(fresh[name], tensor.device.index))
         outs = tuple(kwargs[name] for name in names)
         return outs if len(outs) > 1 else outs[0]
 
-    return kernel
+    return in_either_mode(op, signature, on_host)
 
 
 def factory_kernel(op: Op) -> Kernel:
@@ -154,8 +172,10 @@ def factory_kernel(op: Op) -> Kernel:
     def kernel(*args: Any, device: torch.device, pin_memory: bool | None = None, **kwargs: Any) -> torch.Tensor:
         index = PROCESS.checked_index(device)
         if may_be_huge:
-            shape_only = op(*args, device=_META, **kwargs)
-            PROCESS.ledger.check_room(index, shape_only.untyped_storage().nbytes())
+            looks = op(*args, device=_META, **kwargs)
+            PROCESS.ledger.check_room(index, looks.untyped_storage().nbytes())
+            if PROCESS.shape_only is not None and is_floating(looks.dtype) and looks.numel() > SMALL_NUMEL:
+                return shape_only(Template(looks, PROCESS.shape_only), index)
         return published(op(*args, device=_HOST, **kwargs), index)
 
     return kernel
@@ -178,11 +198,14 @@ def to_copy(
     target = tensor.device if device is None else device
     is_virtual = target.type == DEVICE_TYPE
     index = PROCESS.checked_index(target) if is_virtual else 0
-    place = _HOST if is_virtual else target
-    copy = torch.ops.aten._to_copy.default(
-        hosted(tensor), dtype=dtype, layout=layout, device=place, memory_format=memory_format
-    )
-    result = published(copy, index) if is_virtual else copy
+    if PROCESS.shape_only is not None and is_shape_only(tensor, PROCESS.shape_only):
+        result = copied(tensor, torch.device(DEVICE_TYPE, index) if is_virtual else target, dtype, memory_format)
+    else:
+        place = _HOST if is_virtual else target
+        copy = torch.ops.aten._to_copy.default(
+            hosted(tensor), dtype=dtype, layout=layout, device=place, memory_format=memory_format
+        )
+        result = published(copy, index) if is_virtual else copy
     if PROCESS.observer is not None and target != tensor.device:
         PROCESS.observer.copied(tensor, result)
     return result
@@ -194,10 +217,14 @@ def resize_(tensor: torch.Tensor, size: list[int], *, memory_format: torch.memor
     needed_bytes = tensor.storage_offset() * tensor.element_size() + wanted.untyped_storage().nbytes()
     if needed_bytes <= tensor.untyped_storage().nbytes():
         return _resize_metadata(tensor, size, memory_format=memory_format)
+    index = tensor.device.index
+    if PROCESS.shape_only is not None and is_shape_only(tensor, PROCESS.shape_only):
+        rebind(tensor, shape_only(Template(wanted, PROCESS.shape_only), index))
+        return tensor
     old = hosted(_flat(tensor))
-    new = torch.empty_strided(wanted.size(), wanted.stride(), dtype=tensor.dtype)
+    new = torch.empty_strided(wanted.size(), wanted.stride(), dtype=tensor.dtype, device=_HOST)
     _flat(new)[: old.numel()].copy_(old)
-    rebind(tensor, new)
+    rebind(tensor, published(new, index))
     return tensor
 
 
@@ -210,6 +237,9 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def histc(tensor: torch.Tensor, bins: int = 100, low: float = 0, high: float = 0) -> torch.Tensor:
     """CUDA's histogram, which counts integers too; the CPU's only counts floating-point numbers."""
+    if PROCESS.shape_only is not None and is_shape_only(tensor, PROCESS.shape_only):
+        looks = torch.empty(bins, dtype=tensor.dtype, device=_META)
+        return shape_only(Template(looks, PROCESS.shape_only), tensor.device.index)
     host = hosted(tensor)
     countable = host if host.is_floating_point() else host.double()
     return published(torch.histc(countable, bins, low, high).to(host.dtype), tensor.device.index)
@@ -270,54 +300,3 @@ def _matched(
 
 def _is_replaceable(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 0 and value.device.type == DEVICE_TYPE
-
-
-def _agreed_device(signature: Signature, rule: Rule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
-    """Where an operation whose operands lie on several devices runs.
-
-    Raises: DeviceMismatchError when CUDA would refuse them.
-    """
-    operands = _operands(signature, args, kwargs)
-    message = complaint(rule, operands, wrapper_name(signature))
-    if message is not None:
-        problem = DeviceMismatchError(message, op_name=signature.name, operands=tuple(operands))
-        if PROCESS.observer is None:
-            raise problem
-        PROCESS.observer.mismatched(problem, _tensors(args, kwargs))
-    return torch.device(running_device(rule, operands))
-
-
-def _rule_of(signature: Signature) -> Rule:
-    return rule_for(signature.name, signature.overload_name, is_pointwise=signature.is_pointwise)
-
-
-def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    values = [*args, *kwargs.values()]
-    nested = [item for value in values for item in (value if isinstance(value, list | tuple) else (value,))]
-    return [value for value in nested if isinstance(value, torch.Tensor)]
-
-
-def _operands(signature: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Operand]:
-    operands = []
-    for position, argument in enumerate(signature.arguments):
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        for tensor in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                shape = tuple(tensor.shape)
-                operand = Operand(
-                    argument=argument.name, device=str(tensor.device), shape=shape, is_written=argument.is_written
-                )
-                operands.append(operand)
-    return operands
-
-
-def wrapper_name(signature: Signature) -> str:
-    """The function that CUDA's message would name, with our device type: `wrapper_vgpu_cat`.
-
-    Source: torchgen/dest/register_dispatch_key.py; a structured kernel is named by the operation and then its
-    overload, any other by its overload first, which is empty for most.
-    """
-    if not signature.is_structured:
-        return f"wrapper_{DEVICE_TYPE}_{signature.overload_name}_{signature.name}"
-    overload_name = f"_{signature.overload_name}" if signature.overload_name else ""
-    return f"wrapper_{DEVICE_TYPE}_{signature.name}{overload_name}"

@@ -3,6 +3,7 @@
 It only remembers; `devices.py` decides when the set may change.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ import torch
 
 from runtime.virtual.ledger import MemoryLedger
 from runtime.virtual.rules import DeviceMismatchError
+from runtime.virtual.shapes import AddressRange
+from runtime.virtual.unknowns import Decision
 
 
 class Observer(Protocol):
@@ -28,10 +31,17 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Process:
-    """What kernels ask for: the ledger of the current devices, and who watches them."""
+    """What kernels ask for: the ledger of the current devices, and who watches them.
+
+    `shape_only`: where tensors without bytes pretend to lie, None while every tensor has bytes. `decisions`: how often
+    a value that nobody knows was decided by a rule.
+    """
 
     ledger: MemoryLedger = field(default_factory=lambda: MemoryLedger(()))
     observer: Observer | None = None
+    shape_only: AddressRange | None = None
+    decisions: Counter[Decision] = field(default_factory=Counter)
+    can_be_shape_only: bool = False
 
     def checked_index(self, device: torch.device) -> int:
         """The index that `device` names, 0 when it names none.

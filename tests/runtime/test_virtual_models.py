@@ -238,7 +238,7 @@ def test_misplaced_norm_is_refused_at_its_multiplication():
         "Expected all tensors to be on the same device, but found at least two devices, vgpu:1 and vgpu:0!"
     )
     assert (caught.value.op_name, caught.value.devices) == ("mul", ("vgpu:1", "vgpu:0"))
-    assert caught.traceback[-1].path.name == "kernels.py"
+    assert caught.traceback[-1].path.name == "agreement.py"
     assert any(
         entry.name == "forward" and "LlamaRMSNorm" in str(entry.frame.f_locals["self"]) for entry in caught.traceback
     )

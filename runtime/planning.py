@@ -1,0 +1,132 @@
+"""`plan_model`: any module and its forward's keyword arguments, to a plan that a dry run has proven."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.constraints import Constraints, units
+from planner.errors import ConstraintError
+from planner.machine import Machine
+from planner.plan import ModelSummary, Plan, make_plan
+from planner.polynomial import Quantities
+from planner.problem import Problem, Solution
+from planner.shortfall import infeasible
+from planner.solve import chain_dp
+from planner.workload import Workload
+from runtime.proof import DryRun, dry_run
+from runtime.recorder import INPUTS_LABEL
+from runtime.steps import Steps, forward_and_decode
+from runtime.trace import Trace, trace_model
+from runtime.traced_graph import graph_of, home_bytes
+
+NEARLY = 1.02
+"""How much more capacity a placement must have to be worth a hop between the inputs and the token embedding."""
+
+
+def plan_model(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    machine: Machine,
+    workload: Workload | None = None,
+    split_vision: bool = False,
+    steps: Steps | None = None,
+) -> Plan:
+    """A `balance` plan for `model`, proven by running it on `inputs`.
+
+    The graph is traced from a run on `inputs`, whose sizes are the plan's; of `workload` only `new_tokens` and
+    `max_model_len` count. The map is clean under accelerate's hooks, with inputs on device 0.
+    Raises: InfeasibleError when nothing fits; RuntimeError when the plan's own run meets a mismatch that its trace did
+    not show, which would be our mistake.
+    """
+    steps = steps or forward_and_decode()
+    trace = trace_model(model, inputs, steps)
+    graph = graph_of(trace, model, type(model).__name__)
+    asked = _sized(workload or Workload(), inputs, model)
+    pins = {atom.name: 0 for atom in trace.groups[INPUTS_LABEL]}
+    problem = Problem.of(
+        graph, machine, _quantities(asked), Constraints(pins=pins, split_vision=split_vision), home_bytes(trace)
+    )
+    solution = _solution(problem, pins, split_vision=split_vision)
+    if solution.status == "INFEASIBLE":
+        raise infeasible(problem, solution)
+    summary = ModelSummary(
+        name=type(model).__name__,
+        architecture=type(model).__name__,
+        num_parameters=graph.num_parameters,
+        weight_bytes=graph.weight_bytes,
+        dtype=graph.dtype,
+    )
+    plan = make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model), home=0)
+    return replace(plan, proof=_proof(trace, dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
+
+
+def _solution(problem: Problem, pins: Mapping[str, int], *, split_vision: bool) -> Solution:
+    """The best placement; among nearly equal ones that with the token embedding beside the inputs, on device 0."""
+    free = chain_dp.solve(problem)
+    embedding = next((group for group in problem.graph if group.role == "embedding"), None)
+    if embedding is None or free.status == "INFEASIBLE" or embedding.modules[0] in pins:
+        return free
+    held = Constraints(pins={**pins, embedding.modules[0]: 0}, split_vision=split_vision)
+    units_held = units(problem.graph, problem.machine, held)
+    try:
+        near = chain_dp.solve(replace(problem, units=units_held))
+    except ConstraintError:
+        return free
+    positions = problem.quantities.positions
+    costs_little = NEARLY * (near.extra_positions + positions) >= free.extra_positions + positions
+    as_many = len(near.stages) == len(free.stages)
+    return replace(near, bound=free.bound) if near.status == "OPTIMAL" and costs_little and as_many else free
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Equal for models of equal parameter names and shapes."""
+    shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def _sized(workload: Workload, inputs: Mapping[str, Any], model: nn.Module) -> Workload:
+    """`workload` with the inputs' sizes; image positions are counted as prompt, as the inputs do not tell them apart."""
+    ids = inputs.get("input_ids", next(iter(inputs.values())))
+    batch_size, num_tokens = (*ids.shape, 1)[:2]
+    length = num_tokens + workload.new_tokens
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return replace(
+        workload,
+        batch_size=batch_size,
+        num_images=0,
+        prompt_tokens=num_tokens,
+        max_model_len=max(length, workload.max_model_len or 0),
+        dtype=dtype,
+        kv_dtype=dtype,
+    )
+
+
+def _quantities(workload: Workload) -> Quantities:
+    return Quantities(
+        batch=workload.batch_size,
+        images=0,
+        patches=0,
+        text_tokens=workload.prompt_tokens,
+        image_tokens=0,
+        positions=workload.max_model_len or 0,
+    )
+
+
+def _proof(trace: Trace, run: DryRun, inputs: Mapping[str, Any]) -> dict[str, str]:
+    if not run.ok:
+        raise RuntimeError(f"the plan's own run met what its trace did not show: {run.mismatches[0]}")
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if hasattr(value, "shape"))
+    covered = f"{shapes}; {run.num_steps} steps; torch {torch.__version__}"
+    return {"status": "proven", "hooks": run.hooks, "workload_class": covered, "fingerprint": _digest(covered)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,182 @@
+"""Watches one run on virtual GPUs where every group has a device of its own, and writes down what the run shows.
+
+An operation with operands on several devices is a co-location; a copy is a flow; the bytes alive in each interval
+between module boundaries are what the activation peak of any placement is replayed from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from planner.graph import Phase
+from runtime.mismatch import Mismatch, calling_place
+from runtime.virtual import DeviceMismatchError, MemoryLedger
+
+INPUTS_LABEL = 0
+"""Device of the caller's tensors, and so of everything that meets them."""
+
+
+@dataclass(slots=True)
+class Interval:
+    """The time between two module boundaries, in which group `running` ran, or None: a container's own code.
+
+    `peak_bytes` were alive on each device; `arrived_bytes`, by source, are copies to the running group that a device
+    shared with the source would not need.
+    """
+
+    phase: Phase
+    running: int | None
+    peak_bytes: dict[int, int]
+    arrived_bytes: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class Work:
+    """What a group computes in one phase: multiply-adds counted as two, operand bytes read, kernels launched."""
+
+    flops: int = 0
+    read_bytes: int = 0
+    launches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A copy of one tensor: what it is called at its destination, and the devices it goes between."""
+
+    tensor: str
+    source: int
+    target: int
+    phase: Phase
+    num_bytes: int
+    storage: int
+
+
+class Recorder:
+    """The observer of one traced run. `names` are the groups by device label."""
+
+    def __init__(self, names: Sequence[str], ledger: MemoryLedger) -> None:
+        self._names = names
+        self._ledger = ledger
+        self._running: list[int | None] = [None]
+        self._arrived: Counter[int] = Counter()
+        self.phase: Phase = "prefill"
+        self.arriving = ""
+        self.mismatches: list[Mismatch] = []
+        self.met: list[tuple[frozenset[int], Mismatch]] = []
+        self.sent: list[Sent] = []
+        self.intervals: list[Interval] = []
+        self.work: dict[tuple[int, Phase], Work] = {}
+        self.order: dict[int, None] = {}
+        self.pixel_storages: frozenset[int] = frozenset()
+        self.caches: list[dict[str, tuple[int, int]]] = []
+
+    def enter(self, label: int) -> None:
+        """A module of group `label` is about to run, its inputs not yet brought over."""
+        self.close_interval()
+        self._running.append(label)
+
+    def leave(self) -> None:
+        """The module that was entered last has returned."""
+        self.close_interval()
+        self._running.pop()
+
+    def close_interval(self) -> None:
+        """End the interval that is open and start another."""
+        peaks = {label: self._ledger.peak_bytes(label) for label in range(len(self._names))}
+        self.intervals.append(Interval(self.phase, self._running[-1], peaks, self._arrived))
+        self._arrived = Counter()
+        self._ledger.reset_peak()
+
+    def note_cache(self, cache: Any) -> None:
+        """Write down the device and bytes of every tensor in a cache, as it is between two steps."""
+        self.close_interval()
+        found = {path: (tensor.device.index or 0, _num_bytes(tensor)) for path, tensor in _tensors_in(cache, "", set())}
+        self.caches.append(found)
+
+    def mismatched(self, problem: DeviceMismatchError, tensors: Sequence[torch.Tensor]) -> None:
+        """Write down who met where; the operation goes on."""
+        devices = [tensor.device for tensor in tensors]
+        mismatch = Mismatch(
+            op=problem.op_name,
+            place=calling_place(),
+            operands=tuple(operand.argument for operand in problem.operands),
+            devices=tuple(operand.device for operand in problem.operands),
+            modules=tuple("the host" if d.index is None else self._names[d.index] for d in devices),
+            phase=self.phase,
+        )
+        self.mismatches.append(mismatch)
+        together = frozenset(device.index for device in devices if device.index is not None)
+        if len(together) > 1:
+            self.met.append((together, mismatch))
+
+    def ran(self, op: Any, args: Sequence[Any], outcome: Any) -> None:
+        """Charge an operation to the group on whose device its result lies."""
+        first = outcome[0] if isinstance(outcome, list | tuple) and outcome else outcome
+        if not isinstance(first, torch.Tensor) or first.device.index is None:
+            return
+        label = first.device.index
+        self.order.setdefault(label)
+        work = self.work.setdefault((label, self.phase), Work())
+        work.launches += 1
+        work.read_bytes += sum(_num_bytes(value) for value in args if isinstance(value, torch.Tensor))
+        work.flops += _flops(op, args, outcome)
+
+    def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
+        """Write down a copy between two devices."""
+        if source.device.index is None or copy.device.index is None:
+            return
+        sent = Sent(
+            tensor=self.arriving or "moved by the model",
+            source=source.device.index,
+            target=copy.device.index,
+            phase=self.phase,
+            num_bytes=_num_bytes(source),
+            storage=storage_id(source),
+        )
+        self.sent.append(sent)
+        if self._running[-1] == sent.target:
+            self._arrived[sent.source] += sent.num_bytes
+
+
+def _tensors_in(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor reachable through attributes, lists, tuples and dicts, with the way to it."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if id(value) in seen or isinstance(value, str | int | float | bool | type | torch.nn.Module | None):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        inside = enumerate(value)
+    else:
+        inside = getattr(value, "__dict__", {}).items()
+    for key, item in inside:
+        yield from _tensors_in(item, f"{path}.{key}", seen)
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """What tells a virtual GPU's live storage from any other; views share it."""
+    return id(getattr(tensor.untyped_storage(), "vgpu_block", None))
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _flops(op: Any, args: Sequence[Any], outcome: Any) -> int:
+    """FLOPs by torch's own formulas; operations that it has none for are bound by bytes."""
+    packet = op.overloadpacket
+    if packet is torch.ops.aten.scaled_dot_product_attention:
+        query, key, value = (list(tensor.shape) for tensor in args[:3])
+        key[:-2] = value[:-2] = query[:-2]
+        return int(sdpa_flop_count(query[-4:], key[-4:], value[-4:])) if len(query) >= 4 else 0
+    formula = flop_registry.get(packet)
+    return int(formula(*args, out_val=outcome)) if formula else 0

@@ -1,0 +1,60 @@
+"""What is run to see a model at work: one forward on the inputs, then decode steps on its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from planner.errors import UnsupportedModelError
+from planner.graph import Phase
+from vlm.inputs import cache_inputs, decode_inputs
+
+
+class Watch(Protocol):
+    """Who wants to know which phase runs, and what the cache holds between two steps."""
+
+    phase: Phase
+
+    def note_cache(self, cache: Any) -> None:
+        """A step has ended; this is its cache."""
+
+
+Steps = Callable[[nn.Module, Mapping[str, Any], Watch], list[Any]]
+"""Runs a model on inputs and returns the logits of every step, None where a model has none."""
+
+
+def forward_and_decode(num_decode_steps: int = 2) -> Steps:
+    """A forward, then decode steps as `generate` makes them; none for a module that does not generate."""
+
+    def run(model: nn.Module, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
+        watch.phase = "prefill"
+        generates = isinstance(model, PreTrainedModel) and model.can_generate()
+        outputs = model(**inputs, **(cache_inputs(model) if generates else {}))
+        steps = [_result(outputs)]
+        if not generates:
+            return steps
+        watch.note_cache(_cache(outputs))
+        step_inputs = dict(inputs)
+        for _ in range(num_decode_steps):
+            watch.phase = "decode"
+            try:
+                step_inputs = decode_inputs(model, step_inputs, outputs)
+            except UnsupportedModelError:
+                break
+            outputs = model(**step_inputs)
+            steps.append(_result(outputs))
+            watch.note_cache(_cache(outputs))
+        return steps
+
+    return run
+
+
+def _result(outputs: Any) -> Any:
+    return getattr(outputs, "logits", outputs)
+
+
+def _cache(outputs: Any) -> Any:
+    return getattr(outputs, "past_key_values", None)

@@ -1,0 +1,220 @@
+"""Tracing: what must share a device is read off a run, plans made from it are clean, and a weakened one is caught."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from planner import Machine, PlanMismatchError
+from runtime import dry_run, plan_model
+from runtime.atoms import find_atoms, tensors_of
+from runtime.steps import forward_and_decode
+from runtime.trace import Trace, trace_model
+from runtime.traced_graph import graph_of
+from vlm.inputs import example_inputs
+from vlm.tiny import tiny_model
+
+MUTATED = "llava qwen2_vl qwen2_5_vl paligemma idefics2 internvl glm4v florence2 blip aria".split()
+
+
+@pytest.fixture(autouse=True)
+def free_virtual_gpus() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+class TwoTowers(nn.Module):
+    """Two encoders whose results are added; `scale` is a bare parameter of a container, `shift` of the root."""
+
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.norm = nn.LayerNorm(8)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return self.norm(hidden) * self.scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = self.Tower(), self.Tower()
+        self.shift = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.head(self.left(left) + self.right(right))
+
+
+class ForgetsDevice(nn.Module):
+    """Makes a tensor without saying where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(hidden) + torch.arange(4).float())
+
+
+def towers() -> tuple[TwoTowers, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return TwoTowers().eval(), {"left": torch.randn(2, 8), "right": torch.randn(2, 8)}
+
+
+def traced(model_type: str) -> tuple[Any, dict[str, Any], Trace]:
+    model, _ = tiny_model(model_type)
+    inputs = example_inputs(model)
+    return model, inputs, trace_model(model, inputs, forward_and_decode())
+
+
+def group_of(trace: Trace, name: str) -> set[str]:
+    return next({atom.name for atom in group} for group in trace.groups if name in {atom.name for atom in group})
+
+
+def test_every_tensor_lies_in_exactly_one_atom() -> None:
+    for model in (towers()[0], tiny_model("qwen3_vl")[0]):
+        named = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        found = [name for atom in find_atoms(model) for name, _ in tensors_of(model, atom)]
+        assert sorted(found) == sorted(set(found))
+        assert named <= set(found)
+
+
+def test_an_addition_of_two_towers_brings_their_last_modules_together() -> None:
+    model, inputs = towers()
+    trace = trace_model(model, inputs, forward_and_decode())
+    assert group_of(trace, "left.norm") == {"left.norm", "left.scale", "right.norm", "right.scale"}
+    assert group_of(trace, "left.layers.1") == {"left.layers.1"}
+    assert group_of(trace, "shift") == {"shift"}
+    cause = next(merge.cause for merge in trace.merges if ("left.norm",) in merge.groups)
+    assert (cause.op, cause.place.text) == ("mul", "return self.norm(hidden) * self.scale")
+    assert cause.file.endswith("test_trace.py")
+
+
+def test_a_roots_own_tensor_stays_with_the_inputs() -> None:
+    model, inputs = towers()
+    plan = plan_model(model, inputs, machine=Machine.parse("3x2GiB"))
+    assert plan.device_map["shift"] == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_plan_for_any_module_runs_clean_and_equal(count: int) -> None:
+    model, inputs = towers()
+    expected = model(**inputs)
+    plan = plan_model(model, inputs, machine=Machine.parse(f"{count}x2GiB"))
+    assert len(set(plan.device_map.values())) == count
+    assert plan.proof["status"] == "proven"
+    for hooks in ("ours", "accelerate"):
+        run = dry_run(model, inputs, plan, hooks=hooks)
+        assert run.ok
+        assert torch.equal(run.results[0], expected)
+
+
+def test_a_dry_run_reports_every_mismatch_with_op_line_modules_and_devices() -> None:
+    model, inputs = towers()
+    device_map = {"left": 0, "right": 1, "shift": 0, "head": 1, "right.scale": 0}
+    run = dry_run(model, inputs, device_map)
+    assert [(m.op, m.modules, m.devices) for m in run.mismatches] == [
+        ("mul", ("right.norm", "right.scale"), ("vgpu:1", "vgpu:0")),
+        ("add", ("left", "right"), ("vgpu:0", "vgpu:1")),
+    ]
+    assert run.mismatches[1].place.text == "return self.head(self.left(left) + self.right(right))"
+    assert not run.ok
+
+
+def test_a_dry_run_leaves_the_model_as_it_was() -> None:
+    model, inputs = towers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dry_run(model, inputs, {"": 0})
+    assert all(tensor.device.type == "cpu" for tensor in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model._forward_pre_hooks and not model.head._forward_pre_hooks
+
+
+def test_transfers_are_counted_with_their_bytes() -> None:
+    model, inputs = towers()
+    run = dry_run(model, inputs, {"left": 0, "right": 0, "shift": 0, "head": 1})
+    assert [(t.source, t.target, t.count, t.num_bytes) for t in run.transfers] == [
+        ("vgpu:0", "vgpu:1", 1, 2 * 8 * 4),
+        ("vgpu:1", "vgpu:0", 1, 2 * 4 * 4),
+    ]
+
+
+def test_a_tensor_made_without_a_device_is_a_hazard_that_no_map_mends() -> None:
+    model, inputs = ForgetsDevice().eval(), {"hidden": torch.randn(2, 4)}
+    trace = trace_model(model, inputs, forward_and_decode())
+    assert [(hazard.op, hazard.kind, hazard.modules[1]) for hazard in trace.hazards] == [("add", "host", "the host")]
+    run = dry_run(model, inputs, {"": 0})
+    assert [mismatch.kind for mismatch in run.mismatches] == ["host"]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ({"left": 0, "right": 0, "shift": 0}, "gives no device to 2 tensors: head.weight, head.bias"),
+        ({"": "cpu"}, "entry '' is 'cpu': a dry run places modules on GPUs"),
+        ({}, "is 'an empty map'"),
+    ],
+    ids=["incomplete", "cpu", "empty"],
+)
+def test_a_map_that_cannot_be_run_is_refused(device_map: dict[str, Any], message: str) -> None:
+    model, inputs = towers()
+    with pytest.raises(PlanMismatchError, match=message):
+        dry_run(model, inputs, device_map)
+
+
+def test_cache_bytes_per_position_are_read_off_two_steps() -> None:
+    model, _, trace = traced("llava")
+    text = model.config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    graph = graph_of(trace, model, "llava")
+    per_layer = 2 * text.num_key_value_heads * head_dim * 4
+    grown = {group.id: group.kv_bytes_per_position for group in graph if group.kv_bytes_per_position}
+    assert grown == {f"model.language_model.layers.{i}": per_layer for i in range(text.num_hidden_layers)}
+
+
+def test_the_vision_path_is_found_from_the_pixels() -> None:
+    model, _, trace = traced("llava")
+    vision = {
+        module
+        for group in graph_of(trace, model, "llava")
+        if group.role == "vision_encoder"
+        for module in group.modules
+    }
+    assert {"model.vision_tower.pre_layrnorm", "model.multi_modal_projector.linear_1"} <= vision
+    assert not any("language_model" in module for module in vision)
+
+
+def test_predicted_peaks_of_a_traced_plan_are_not_under_and_close() -> None:
+    model, _ = tiny_model("llava")
+    inputs = example_inputs(model, text_tokens=200)
+    plan = plan_model(model, inputs, machine=Machine.parse("3x2GiB"))
+    run = dry_run(model, inputs, plan)
+    for key, memory in plan.memory.items():
+        spare = (
+            memory.kv_cache_bytes
+            - memory.kv_cache_bytes * (inputs["input_ids"].shape[1] + 2) // plan.quantities.positions
+        )
+        predicted = sum(list(memory.parts.values())[:5]) - spare
+        measured = run.peak_bytes[f"vgpu:{key}"]
+        assert measured - 512 * 64 <= predicted <= 1.15 * measured
+
+
+@pytest.mark.parametrize("model_type", MUTATED)
+def test_every_weakened_colocation_is_caught_by_the_dry_run(model_type: str) -> None:
+    model, inputs, trace = traced(model_type)
+    assert trace.merges
+    checked = 0
+    for merge in trace.merges:
+        apart = [group for group in merge.groups if group != ("the inputs",)][-1]
+        device_map = {atom.name: int(atom.name in apart) for group in trace.groups for atom in group}
+        assert not dry_run(model, inputs, device_map).ok, merge
+        checked += 1
+    assert checked
