@@ -29,9 +29,8 @@ with tempfile.TemporaryDirectory() as scratch:
         model = load_sharded(folder, machine=Machine.parse(machine), workload=workload, devices=devices, verify=True)
         answer = model.generate(**place_inputs(model, inputs), max_new_tokens=12, do_sample=False)
         answers[name] = answer.cpu()
-        print(
-            f"{name:>8} on {', '.join(map(str, dict.fromkeys(model.hf_device_map.values())))}: {answer[0, -12:].tolist()}"
-        )
+        used = ", ".join(map(str, dict.fromkeys(model.hf_device_map.values())))
+        print(f"{name:>8} on {used}: {answer[0, -12:].tolist()}")
     for gpu, planned in model.plan.memory.items():
         peak = torch.vgpu.max_memory_allocated(gpu)
         tensors = planned.total_bytes - planned.workspace_bytes - planned.context_bytes - planned.reserve_bytes

@@ -27,8 +27,8 @@ class PhaseCost:
     """What one group costs in one phase.
 
     `moments_bytes` are the bytes alive at the moments that may be the peak while the group runs, its input and output
-    included; which of them is depends on the workload. `flops` count a multiply-add as two; `read_bytes` are activations
-    and KV cache read, weights excluded.
+    included; which of them is depends on the workload. `flops` count a multiply-add as two; `read_bytes` are
+    activations and KV cache read, weights excluded.
     """
 
     moments_bytes: tuple[Polynomial, ...] = ()

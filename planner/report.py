@@ -48,7 +48,8 @@ def _headline(plan: Plan) -> Text:
     images = f"{counts.images} image{'s'[: counts.images != 1]} ({counts.image_tokens} positions), "
     return Text.assemble(
         (model.name, "bold"),
-        f": {model.num_parameters / 1e9:.2f} B parameters, {model.dtype}, {format_bytes(model.weight_bytes)} of weights\n"
+        f": {model.num_parameters / 1e9:.2f} B parameters, {model.dtype}, "
+        f"{format_bytes(model.weight_bytes)} of weights\n"
         f"batch {workload.batch_size}, {images if counts.images else ''}{workload.prompt_tokens} prompt + "
         f"{workload.new_tokens} new: {counts.positions} KV positions",
     )
@@ -136,11 +137,10 @@ def _verdict(plan: Plan) -> Iterator[Text]:
         )
     solver = plan.solver
     yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
-    if plan.proof.get("status") != "proven":
-        yield Text(
-            "Not proven by a run. On virtual GPUs: load_sharded(FOLDER, plan, devices='virtual')",
-            style="yellow",
-        )
+    if plan.proof.get("status") == "proven":
+        yield Text(f"Proven by a run without weights: {plan.proof.get('workload_class')}.")
+    else:
+        yield Text("Not proven by a run: --prove runs it at full size on virtual GPUs.", style="yellow")
 
 
 def _room(plan: Plan, position: int) -> float:

@@ -12,9 +12,10 @@ _HOMES = {
     "plan_model": "runtime.planning",
     "place_inputs": "runtime.load",
     "probe_machine": "runtime.probe",
+    "shard": "runtime.in_memory",
 }
 
-__all__ = ["dry_run", "inspect_placement", "load_sharded", "place_inputs", "plan_model", "probe_machine"]
+__all__ = ["dry_run", "inspect_placement", "load_sharded", "place_inputs", "plan_model", "probe_machine", "shard"]
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _sized(workload: Workload, inputs: Mapping[str, Any], model: nn.Module) -> Workload:
-    """`workload` with the inputs' sizes; image positions are counted as prompt, as the inputs do not tell them apart."""
+    """`workload` with the inputs' sizes; image positions count as prompt, as inputs do not tell them apart."""
     ids = inputs.get("input_ids", next(iter(inputs.values())))
     batch_size, num_tokens = (*ids.shape, 1)[:2]
     length = num_tokens + workload.new_tokens

@@ -78,10 +78,12 @@ def dry_run(
     device_map = _indices(plan_or_device_map)
     num_devices = max(device_map.values()) + 1
     gpus = virtual_gpus([UNLIMITED_BYTES] * num_devices, shape_only=is_shape_only(model))
+    input_indices = _input_indices(plan_or_device_map, hooks)
+    home = _home(input_indices, device_map)
     twin = _placed(model, device_map, gpus)
     watch = _Watch(twin)
-    _attach(twin, device_map, gpus, hooks)
-    placed = relocate(dict(inputs), lambda tensor: tensor.to(gpus.devices[_home(device_map)]))
+    _attach(twin, device_map, gpus, hooks, home)
+    placed = {name: _brought(value, gpus.devices[input_indices.get(name, home)]) for name, value in inputs.items()}
     gpus.ledger.reset_peak()
     PROCESS.observer = watch
     try:
@@ -183,6 +185,10 @@ def _index(value: Any) -> int | None:
     return int(index) if index.isdigit() else None
 
 
+def _brought(value: Any, device: torch.device) -> Any:
+    return relocate(value, lambda tensor: tensor.to(device))
+
+
 def _placed(model: nn.Module, device_map: Mapping[str, int], gpus: VirtualGpus) -> nn.Module:
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     uncovered = [name for name in names if owner(name, device_map) is None]
@@ -194,17 +200,26 @@ def _placed(model: nn.Module, device_map: Mapping[str, int], gpus: VirtualGpus) 
     return make_twin(model, lambda name: gpus.devices[device_map[owner(name, device_map) or ""]])
 
 
-def _attach(twin: nn.Module, device_map: Mapping[str, int], gpus: VirtualGpus, hooks: Hooks) -> None:
+def _attach(twin: nn.Module, device_map: Mapping[str, int], gpus: VirtualGpus, hooks: Hooks, home: int) -> None:
     if hooks == "ours":
-        attach_boundaries(twin, {n: gpus.devices[i] for n, i in device_map.items()}, gpus.devices[_home(device_map)])
+        attach_boundaries(twin, {n: gpus.devices[i] for n, i in device_map.items()}, gpus.devices[home])
         return
     skip_keys = getattr(twin, "_skip_keys_device_placement", None)
     with warnings.catch_warnings():
         # Bare tensors need their entries, or accelerate refuses the map, and have no module for accelerate to find.
         warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
-        dispatch_model(twin, dict(device_map), main_device=_home(device_map), skip_keys=skip_keys, force_hooks=True)
+        dispatch_model(twin, dict(device_map), main_device=home, skip_keys=skip_keys, force_hooks=True)
 
 
-def _home(device_map: Mapping[str, int]) -> int:
-    """Where inputs go: accelerate takes the first of a set of the map's devices, which is 0 when it is among them."""
+def _input_indices(plan_or_device_map: Plan | Mapping[str, Any], hooks: Hooks) -> dict[str, int]:
+    """Where each input goes by our hooks; accelerate knows one device for all."""
+    if isinstance(plan_or_device_map, Plan) and hooks == "ours":
+        return {name: _index(key) or 0 for name, key in plan_or_device_map.input_devices.items()}
+    return {}
+
+
+def _home(input_indices: Mapping[str, int], device_map: Mapping[str, int]) -> int:
+    """Where results and all other inputs go: accelerate takes the first of a set of the map's devices, 0 among them."""
+    if "input_ids" in input_indices:
+        return input_indices["input_ids"]
     return 0 if 0 in device_map.values() else min(device_map.values())

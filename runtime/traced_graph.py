@@ -114,7 +114,7 @@ class _Builder:
             )
 
     def _bare_tensors(self) -> Iterator[Fusion]:
-        """Tensors that nothing met: maps name modules, so each goes with whoever reads it, or else with its neighbour."""
+        """Tensors that nothing met: maps name modules, so each goes with its reader, or else with its neighbour."""
         for index, label in enumerate(self.labels):
             if all(not atom.is_module for atom in self.trace.groups[label]):
                 readers = [sent.target for sent in self.trace.record.sent if sent.source == label]

@@ -25,7 +25,8 @@ def run(argv: Sequence[str]) -> int:
 
     def tell(shard: ConvertedShard) -> None:
         print(
-            f"{shard.index}/{shard.num_shards} {shard.target}: {len(shard.keys)} tensors, {format_bytes(shard.num_bytes)}",
+            f"{shard.index}/{shard.num_shards} {shard.target}: "
+            f"{len(shard.keys)} tensors, {format_bytes(shard.num_bytes)}",
             file=sys.stderr,
         )
 

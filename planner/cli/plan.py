@@ -35,6 +35,10 @@ def run(argv: Sequence[str]) -> int:
         console.print(note, markup=False)
     constraints = Constraints(pins=_pins(arguments.pin), split_vision=arguments.split_vision)
     plan = plan_for(model, machine, _workload(model, arguments), constraints)
+    if arguments.prove:
+        from runtime.proving import prove
+
+        plan = prove(model, plan)
     _write(_rendered(plan, arguments.format), arguments.output)
     console.print(report(plan))
     if arguments.output:
@@ -63,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("placement")
     where.add_argument("--pin", type=options.pin, action="append", default=[], metavar="MODULE=DEVICE")
     where.add_argument("--split-vision", action="store_true", help="let the vision encoder leave the token embedding")
+    where.add_argument("--prove", action="store_true", help="run the plan at full size on virtual GPUs (needs torch)")
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here instead of stdout")
     out.add_argument("--force", action="store_true", help="overwrite FILE")

@@ -152,7 +152,7 @@ def negated_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def suggested_memory_format(tensor: torch.Tensor) -> torch.memory_format:
     """The layout that ATen's convolutions take a tensor to be in, by its strides alone."""
-    return cast("torch.memory_format", torch._prims_common.suggest_memory_format(tensor))
+    return torch._prims_common.suggest_memory_format(tensor)
 
 
 def metadata_kernel(op: Op) -> Kernel:

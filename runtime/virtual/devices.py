@@ -77,9 +77,8 @@ def virtual_gpus(capacities_bytes: Sequence[int], *, shape_only: bool = False) -
     _refuse_while_in_use(PROCESS.ledger)
     if claim_device_type(device_module):
         install_all_kernels()
-    if shape_only and not PROCESS.can_be_shape_only:
+    if shape_only:
         install_shape_only_kernels()
-        PROCESS.can_be_shape_only = True
     PROCESS.shape_only = reserved_addresses() if shape_only else None
     PROCESS.decisions = Counter()
     PROCESS.ledger = MemoryLedger(capacities_bytes)

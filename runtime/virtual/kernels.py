@@ -16,7 +16,7 @@ from runtime.virtual.adapter import DEVICE_TYPE, Kernel, Op, Signature
 from runtime.virtual.agreement import agreed_device, rule_of
 from runtime.virtual.process import PROCESS
 from runtime.virtual.shape_kernels import META_KERNELS, ShapeKernel, copied
-from runtime.virtual.shapes import SMALL_NUMEL, Template, is_floating, is_shape_only
+from runtime.virtual.shapes import SMALL_NUMEL, AddressRange, Template, is_floating, is_shape_only
 from runtime.virtual.tensors import hosted, published, rebind, shape_only
 
 _HOST = torch.device("cpu")
@@ -68,6 +68,7 @@ def install_all_kernels() -> None:
     adapter.install_kernels(kernels, any_other)
 
 
+@cache
 def install_shape_only_kernels() -> None:
     """Let tensors of the meta device be copied to shape-only virtual GPUs."""
     adapter.install_meta_kernels(META_KERNELS)
@@ -160,7 +161,10 @@ def out_kernel(op: Op) -> Kernel:
         for name, tensor in empty.items():
             rebind(tensor, published(fresh[name], tensor.device.index))
         outs = tuple(kwargs[name] for name in names)
-        return outs if len(outs) > 1 else outs[0]
+        result = outs if len(outs) > 1 else outs[0]
+        if PROCESS.observer is not None:
+            PROCESS.observer.ran(op, args, result)
+        return result
 
     return in_either_mode(op, signature, on_host)
 
@@ -198,7 +202,7 @@ def to_copy(
     target = tensor.device if device is None else device
     is_virtual = target.type == DEVICE_TYPE
     index = PROCESS.checked_index(target) if is_virtual else 0
-    if PROCESS.shape_only is not None and is_shape_only(tensor, PROCESS.shape_only):
+    if PROCESS.shape_only is not None and _copies_no_bytes(tensor, is_virtual, dtype, PROCESS.shape_only):
         result = copied(tensor, torch.device(DEVICE_TYPE, index) if is_virtual else target, dtype, memory_format)
     else:
         place = _HOST if is_virtual else target
@@ -209,6 +213,15 @@ def to_copy(
     if PROCESS.observer is not None and target != tensor.device:
         PROCESS.observer.copied(tensor, result)
     return result
+
+
+def _copies_no_bytes(
+    tensor: torch.Tensor, is_virtual: bool, dtype: torch.dtype | None, addresses: AddressRange
+) -> bool:
+    """Whether a copy is made of nothing, or would be dropped at once: many integers as floating-point numbers."""
+    if is_shape_only(tensor, addresses):
+        return True
+    return is_virtual and tensor.numel() > SMALL_NUMEL and is_floating(dtype or tensor.dtype)
 
 
 def resize_(tensor: torch.Tensor, size: list[int], *, memory_format: torch.memory_format | None = None) -> torch.Tensor:

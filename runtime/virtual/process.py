@@ -41,7 +41,6 @@ class Process:
     observer: Observer | None = None
     shape_only: AddressRange | None = None
     decisions: Counter[Decision] = field(default_factory=Counter)
-    can_be_shape_only: bool = False
 
     def checked_index(self, device: torch.device) -> int:
         """The index that `device` names, 0 when it names none.

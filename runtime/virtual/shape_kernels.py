@@ -12,22 +12,22 @@ import torch
 from runtime.virtual.adapter import DEVICE_TYPE, Kernel, Op, Signature, metadata_kernel, overload, signature_of
 from runtime.virtual.agreement import agreed_device, rule_of
 from runtime.virtual.process import PROCESS
-from runtime.virtual.shape_rules import BY_VALUES, ShapeInference, describe
+from runtime.virtual.shape_rules import BY_VALUES, ShapeInference, describe, has_own_rules
 from runtime.virtual.shapes import (
     SMALL_NUMEL,
     AddressRange,
     Template,
     as_meta,
-    forget_values,
     is_floating,
     is_shape_only,
 )
-from runtime.virtual.tensors import hosted, published, rebind, shape_only
+from runtime.virtual.tensors import forget_values, hosted, published, rebind, shape_only
 from runtime.virtual.unknowns import ShapeOnlyError, decided, record
 
 # A row of logits of any vocabulary may be read on the host; all rows of a prompt are a mistake in a dry run.
 HOST_NUMEL = 2**20
 _AS_ZEROS = "unknown numbers are read on the host as 0.0"
+_COMPARE_FIRST = "Compare them with a number first: a mask has values, by the rules in runtime/virtual/unknowns.py"
 _FROM_META = "a meta tensor's integers are unknown: 0"
 
 _HOST = torch.device("cpu")
@@ -41,8 +41,9 @@ class ShapeKernel:
         self._name, self._results = signature.name, signature.results
         self._rule = rule_of(signature)
         self._infer = ShapeInference(op, signature)
-        self._read = READ_ON_HOST.get(signature.name)
-        self._by_values = BY_VALUES.get(signature.name)
+        is_known = has_own_rules(op, signature)
+        self._read = READ_ON_HOST.get(signature.name) if is_known else None
+        self._by_values = BY_VALUES.get(signature.name) if is_known else None
         self._written = [
             argument.name if argument.is_keyword else position
             for position, argument in enumerate(signature.arguments)
@@ -64,12 +65,11 @@ class ShapeKernel:
         if devices.count(device) != len(devices):
             device = agreed_device(self._signature, self._rule, args, kwargs)
         if self._read is not None:
-            return self._read(self._name, *args)
-        outcome = self._outcome(key, args, kwargs, addresses)
-        if self._written:
-            result = self._after_writing(outcome, device, args, kwargs)
+            result = self._read(self._name, *args)
+        elif self._written:
+            result = self._after_writing(self._outcome(key, args, kwargs, addresses), device, args, kwargs)
         else:
-            result = self._made(outcome, device, args, kwargs)
+            result = self._made(self._outcome(key, args, kwargs, addresses), device, args, kwargs)
         if PROCESS.observer is not None:
             PROCESS.observer.ran(self._op, args, result)
         return result
@@ -105,10 +105,10 @@ class ShapeKernel:
         outcomes = outcome if len(self._results) > 1 else [outcome]
         matched = []
         for place, item in zip(self._results, outcomes, strict=False):
-            target = args[place] if isinstance(place, int) else kwargs.get(place or "")
             if place is None:
                 matched.append(self._made(item, device, args, kwargs))
                 continue
+            target = args[place] if isinstance(place, int) else kwargs[place]
             if type(item) is Template and item.shape != target.shape:
                 # An out argument that was empty.
                 rebind(target, self._made(item, target.device, args, kwargs))
@@ -169,6 +169,8 @@ def _equal(name: str, tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _nonzero(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() > HOST_NUMEL:
+        raise ShapeOnlyError(name, f"which of {list(tensor.shape)} numbers are zero is unknown", _COMPARE_FIRST)
     record(name, tensor.shape, "an unknown number is not zero", PROCESS.decisions)
     return placed(torch.ones(tensor.shape, dtype=torch.bool, device=_HOST).nonzero(), tensor.device)
 
@@ -179,6 +181,8 @@ READ_ON_HOST: Mapping[str, Callable[..., Any]] = {
     "nonzero": _nonzero,
 }
 
+
+# Copies
 
 _COPY = overload("_to_copy")
 _infer_copy = ShapeInference(_COPY, signature_of(_COPY))
@@ -234,7 +238,16 @@ def copied_from_meta(target: torch.Tensor, source: torch.Tensor, non_blocking: b
     """`target.copy_(source)` with either on the meta device."""
     if not _is_shape_only_mode(target.device) or source.device.type != "meta":
         return _copy_of_torch(target, source, non_blocking)
-    return target.copy_(from_meta(source, device=target.device))
+    addresses = PROCESS.shape_only
+    assert addresses is not None
+    # Whether they fit each other.
+    _copy_of_torch(as_meta(target), source)
+    if not is_floating(target.dtype):
+        record("copy_", target.shape, _FROM_META, PROCESS.decisions)
+        hosted(target).zero_()
+    elif not is_shape_only(target, addresses):
+        forget_values(target)
+    return target
 
 
 def may_become_from_meta(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -31,6 +31,7 @@ class ShapeInference:
 
     def __init__(self, op: Op, signature: Signature) -> None:
         self._op, self._signature = op, signature
+        self._own = OWN_SHAPES.get(signature.name) if has_own_rules(op, signature) else None
         self._remembered: dict[Key, Any] = {}
 
     def __call__(self, key: Key, args: Sequence[Any], kwargs: Mapping[str, Any], addresses: AddressRange) -> Any:
@@ -49,11 +50,12 @@ class ShapeInference:
         signature = self._signature
         meta_args = [_on_meta(value) for value in args]
         meta_kwargs = {name: _on_meta(value) for name, value in kwargs.items()}
-        num_tensors = sum(isinstance(value, torch.Tensor) for value in meta_args)
+        operands = [value for value in (*meta_args, *meta_kwargs.values()) if isinstance(value, torch.Tensor)]
         # A Python number in a tensor's place, as in `computing_kernel`.
-        run: Any = self._op if num_tensors >= signature.num_tensors else self._op.overloadpacket
+        has_number = len(operands) < signature.num_tensors
+        run: Any = self._op.overloadpacket if has_number else self._op
         try:
-            outcome = OWN_SHAPES.get(signature.name, run)(*meta_args, **meta_kwargs)
+            outcome = (self._own or run)(*meta_args, **meta_kwargs)
         except NotImplementedError as error:
             raise ShapeOnlyError(
                 signature.name,
@@ -61,10 +63,13 @@ class ShapeInference:
                 _REAL_INSTEAD,
             ) from error
         if signature.is_pointwise and signature.name != "clone" and isinstance(outcome, torch.Tensor):
-            operands = [value for value in (*meta_args, *meta_kwargs.values()) if isinstance(value, torch.Tensor)]
-            has_number = num_tensors < signature.num_tensors or signature.overload_name == "Scalar"
-            return iterated(outcome, operands, has_number=has_number)
+            return iterated(outcome, operands, has_number=has_number or signature.overload_name == "Scalar")
         return outcome
+
+
+def has_own_rules(op: Op, signature: Signature) -> bool:
+    """Whether the tables of this package mean `op` by its name: no out variant, no other library's operation."""
+    return op.namespace == "aten" and not any(argument.is_out for argument in signature.arguments)
 
 
 def describe(values: Sequence[Any], key: list[Any], devices: list[torch.device], addresses: AddressRange) -> bool:
@@ -78,14 +83,12 @@ def describe(values: Sequence[Any], key: list[Any], devices: list[torch.device],
             devices.append(value.device)
             key += (value.shape, value.stride(), value.dtype)
             try:
-                if addresses.start <= value.data_ptr() < addresses.end:
-                    unknown = True
+                unknown |= addresses.start <= value.data_ptr() < addresses.end
             except RuntimeError:
                 unknown = True
         elif type(value) is list or type(value) is tuple:
             key.append(len(value))
-            if describe(value, key, devices, addresses):
-                unknown = True
+            unknown |= describe(value, key, devices, addresses)
         else:
             # 1, 1.0 and True are equal, and promote differently.
             key += (value, value.__class__)
@@ -155,11 +158,8 @@ def _grouped_mm(
     offsets: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    *,
-    offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As create_grouped_gemm_output_tensor in ATen/native/GroupedMMUtils.h; the meta function takes bfloat16 only."""
-    offsets = offs if offsets is None else offsets
     for operand in (left, right):
         _check_alignment(operand)
     if left.shape[-1] != right.shape[-2]:
@@ -203,11 +203,26 @@ def _with_counted_masks(args: Sequence[Any]) -> list[Any]:
     tensor, indices, *others = args
     counted: list[Any] = []
     for index in indices:
-        is_mask = isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
-        if is_mask:
+        if index is None:
+            counted.append(None)
+        elif index.dtype in (torch.bool, torch.uint8):
             _check_mask(tensor, index, len(counted))
-        counted.extend(_counted_mask(index) if is_mask else [index])
+            counted.extend(_counted_mask(index))
+        else:
+            _check_bounds(tensor, index, len(counted))
+            counted.append(index)
     return [tensor, counted, *others]
+
+
+def _check_bounds(tensor: torch.Tensor, index: torch.Tensor, dim: int) -> None:
+    """In the words of TensorAdvancedIndexing.cpp."""
+    if not index.numel() or dim >= tensor.dim():
+        return
+    size = tensor.shape[dim]
+    least, most = (int(bound) for bound in hosted(index).aminmax())
+    if least < -size or most >= size:
+        wrong = most if most >= size else least
+        raise IndexError(f"index {wrong} is out of bounds for dimension {dim} with size {size}")
 
 
 def _check_mask(tensor: torch.Tensor, mask: torch.Tensor, dim: int) -> None:
@@ -220,11 +235,44 @@ def _check_mask(tensor: torch.Tensor, mask: torch.Tensor, dim: int) -> None:
             )
 
 
+def _with_enough_values(args: Sequence[Any]) -> list[Any]:
+    """Arguments of `masked_scatter`, in the words of cpu_masked_scatter_kernel in IndexKernel.cpp."""
+    tensor, mask, source = args
+    if num_true(torch.broadcast_tensors(mask, tensor)[0]) > source.numel():
+        raise RuntimeError("Number of elements of source < number of ones in mask")
+    return [tensor, mask, source]
+
+
+def _within(args: Sequence[Any]) -> list[Any]:
+    """Arguments of `index_select`, whose indices have values: an id beyond its table is found."""
+    tensor, dim, index = args
+    if index.numel():
+        least, most = (int(bound) for bound in hosted(index).aminmax())
+        if least < 0 or most >= tensor.shape[dim]:
+            raise IndexError(f"index out of range in self: {least} to {most} of {tensor.shape[dim]} rows")
+    return [tensor, dim, index]
+
+
 def _with_selected(args: Sequence[Any]) -> list[Any]:
     """For `masked_select(x, mask)` what is selected."""
     tensor, mask = args
     count = num_true(torch.broadcast_tensors(mask, tensor)[0])
     return [torch.empty(count, dtype=tensor.dtype, device="meta")]
+
+
+def _index_put(
+    tensor: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, *args: Any
+) -> torch.Tensor:
+    """With the check that the meta function leaves out, in the words of TensorAdvancedIndexing.cpp."""
+    picked = torch.ops.aten.index(tensor, indices).shape
+    own = values.shape
+    offset = len(picked) - len(own)
+    if offset < 0 or any(size not in (1, full) for size, full in zip(own, picked[max(offset, 0) :], strict=True)):
+        raise RuntimeError(
+            f"shape mismatch: value tensor of shape {list(own)} cannot be broadcast to indexing result of shape "
+            f"{list(picked)}"
+        )
+    return tensor
 
 
 OWN_SHAPES: Mapping[str, Callable[..., Any]] = {
@@ -236,9 +284,13 @@ OWN_SHAPES: Mapping[str, Callable[..., Any]] = {
     "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
     "masked_select": torch.empty_like,
+    **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_"), _index_put),
 }
 # Operations whose real operands decide the shape by their values, and what to infer it from instead.
 BY_VALUES: Mapping[str, Callable[[Sequence[Any]], list[Any]]] = {
     "masked_select": _with_selected,
+    "masked_scatter": _with_enough_values,
+    "masked_scatter_": _with_enough_values,
+    "index_select": _within,
     **dict.fromkeys(("index", "_unsafe_index", "index_put_", "index_put", "_index_put_impl_"), _with_counted_masks),
 }

@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 import torch
 
-from runtime.virtual.adapter import VirtualGpuUnavailableError, forbid_reading
+from runtime.virtual.adapter import VirtualGpuUnavailableError
 
 # Large enough for any model's largest tensor, small enough for the 47 address bits of a process.
 RESERVED_BYTES = 1 << 43
@@ -73,13 +73,8 @@ def is_shape_only(tensor: torch.Tensor, addresses: AddressRange) -> bool:
     try:
         return addresses.start <= tensor.data_ptr() < addresses.end
     except RuntimeError:
-        # `forget_values` was here.
+        # `tensors.forget_values` was here.
         return True
-
-
-def forget_values(tensor: torch.Tensor) -> None:
-    """Make a tensor with bytes shape-only, with every view of its storage: something unknown is written into it."""
-    forbid_reading(tensor)
 
 
 def is_floating(dtype: torch.dtype) -> bool:
@@ -99,6 +94,11 @@ class Template:
         """From a tensor, on the meta device or elsewhere, that looks the same."""
         self.shape, self.stride, self.dtype = meta.shape, meta.stride(), meta.dtype
         self.num_bytes = meta.untyped_storage().nbytes()
+        if self.num_bytes > _BEGIN_BYTES:
+            raise torch.OutOfMemoryError(
+                f"a tensor of {self.num_bytes:,} bytes is more than shape-only virtual GPUs have addresses for "
+                f"({_BEGIN_BYTES:,})"
+            )
         self.is_floating = is_floating(meta.dtype)
         self.seen = _laid_out(meta.dtype, addresses, meta.shape, self.stride)
         self.whole: torch.Tensor | None = None

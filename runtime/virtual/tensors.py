@@ -6,7 +6,7 @@ floating-point tensor gets no bytes, and is counted all the same. It does not kn
 
 import torch
 
-from runtime.virtual.adapter import metadata_kernel, negated_view, overload, relabelled
+from runtime.virtual.adapter import forbid_reading, metadata_kernel, negated_view, overload, relabelled
 from runtime.virtual.ledger import Allocation
 from runtime.virtual.process import PROCESS
 from runtime.virtual.shapes import SMALL_NUMEL, Template, is_floating, next_address
@@ -16,7 +16,7 @@ _set_storage = metadata_kernel(overload("set_.source_Storage_storage_offset"))
 
 
 class Block:
-    """What stands behind one device storage: host bytes, or a template of none; counted as long as the storage lives."""
+    """What stands behind a device storage: host bytes, or what none look like; counted as long as the storage lives."""
 
     __slots__ = ("allocation", "host")
 
@@ -80,6 +80,15 @@ def shape_only(template: Template, index: int) -> torch.Tensor:
         )
     _attach(Block(template, allocation), tensor)
     return tensor
+
+
+def forget_values(tensor: torch.Tensor) -> None:
+    """Make a `vgpu` tensor shape-only that has bytes, and every view of it: something unknown is written into it."""
+    storage = tensor.untyped_storage()
+    looks = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+    assert PROCESS.shape_only is not None
+    storage.vgpu_block.host = Template(looks, PROCESS.shape_only)
+    forbid_reading(tensor)
 
 
 def _attach(block: Block, tensor: torch.Tensor) -> None:

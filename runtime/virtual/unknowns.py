@@ -6,6 +6,7 @@ makes host values; it does not know devices.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ _IN_TURN = "unknown numbers rank in turn: row r, slot k -> (r * K + k) % n"
 
 
 def decided(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: torch.Tensor, decisions: dict[Decision, int]
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: torch.Tensor, decisions: Counter[Decision]
 ) -> torch.Tensor:
     """Host values for a result of operation `name` that looks like `like`, a tensor of integers or booleans."""
     host = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=_HOST)
@@ -93,13 +94,13 @@ def decided(
     return host.fill_(value)
 
 
-def record(op: str, shape: tuple[int, ...], rule: str, decisions: dict[Decision, int]) -> None:
+def record(op: str, shape: tuple[int, ...], rule: str, decisions: Counter[Decision]) -> None:
     """Count one more use of a rule at the line of model code that is running."""
     decisions[Decision(op=op, shape=tuple(shape), rule=rule, place=model_line())] += 1
 
 
 def model_line() -> str:
-    """File, line and function of the innermost model code that is running: outside torch, accelerate and this package."""
+    """Where the innermost model code is that is running: a line outside torch, accelerate and this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_back is not None:
         file = frame.f_code.co_filename

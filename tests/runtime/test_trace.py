@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from planner import Machine, PlanMismatchError
-from runtime import dry_run, plan_model
+from planner import Machine, MachineError, PlanMismatchError
+from runtime import dry_run, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
 from runtime.steps import forward_and_decode
 from runtime.trace import Trace, trace_model
@@ -218,3 +218,37 @@ def test_every_weakened_colocation_is_caught_by_the_dry_run(model_type: str) -> 
         assert not dry_run(model, inputs, device_map).ok, merge
         checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("devices", ["virtual", "cpu"])
+def test_a_sharded_model_answers_as_before(devices: str) -> None:
+    model, _ = tiny_model("qwen2_5_vl")
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    plan = plan_model(model, inputs, machine=Machine.parse("3x2GiB"))
+    sharded = shard(model, plan, devices=devices)
+    assert sharded is model
+    with torch.no_grad():
+        found = model(
+            **{name: value.to(next(iter(model.hf_device_map.values()))) for name, value in inputs.items()}
+        ).logits
+    assert torch.equal(found.cpu(), expected)
+    if devices == "virtual":
+        assert len({parameter.device for parameter in model.parameters()}) == 3
+
+
+def test_a_map_of_integers_is_sharded_too() -> None:
+    model, inputs = towers()
+    expected = model(**inputs)
+    shard(model, {"left": 0, "right": 0, "shift": 0, "head": 1}, devices="virtual")
+    found = model(**{name: value.to("vgpu:0") for name, value in inputs.items()})
+    assert torch.equal(found.cpu(), expected)
+    assert (found.device, model.head.weight.device) == (torch.device("vgpu:0"), torch.device("vgpu:1"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="states what happens without a GPU")
+def test_sharding_without_a_gpu_says_so() -> None:
+    model, _ = towers()
+    with pytest.raises(MachineError, match="the device map needs cuda:1, and torch sees 0 CUDA GPUs here"):
+        shard(model, {"left": 0, "right": 0, "shift": 0, "head": 1})

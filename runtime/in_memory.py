@@ -1,0 +1,90 @@
+"""`shard`: a model that is in memory already, placed and hooked as a plan or a device map says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from planner.errors import MachineError, PlanMismatchError
+from planner.paths import owner
+from planner.plan import DeviceKey, Plan
+from runtime.boundary import attach_boundaries
+from runtime.devices import Devices, torch_devices
+from runtime.virtual import virtual_gpus
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def shard(
+    model: Module, plan_or_device_map: Plan | Mapping[str, DeviceKey | str | torch.device], *, devices: Devices = None
+) -> Module:
+    """`model` itself, tensors moved to their devices and boundaries hooked; inputs go to the map's first device.
+
+    `devices` is as for `load_sharded`; a device map of integers takes it too, with virtual GPUs as large as its tensors
+    need.
+    Raises: PlanMismatchError when a tensor has no device; MachineError when the devices are not there.
+    """
+    device_map = _torch_map(plan_or_device_map, devices)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    uncovered = [name for name, _ in named if owner(name, device_map) is None]
+    if uncovered:
+        raise PlanMismatchError(
+            f"the device map gives no device to {len(uncovered)} tensors: {', '.join(uncovered[:3])}. "
+            "Every parameter and buffer needs an entry for itself or a module around it."
+        )
+    for name, tensor in named:
+        _move(model, name, tensor, device_map[owner(name, device_map) or ""])
+    attach_boundaries(model, device_map, _home(plan_or_device_map, device_map))
+    model.hf_device_map = dict(device_map)
+    return model
+
+
+def _move(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """A parameter keeps its identity, and with it its ties, unless it is tied to one on another device."""
+    if tensor.device == device:
+        return
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    current = module._parameters.get(leaf)
+    if current is None:
+        module._buffers[leaf] = tensor.to(device)
+    elif current.device.type in ("cpu", "meta"):
+        current.data = current.data.to(device)
+    else:
+        module._parameters[leaf] = nn.Parameter(current.detach().to(device), requires_grad=current.requires_grad)
+
+
+def _torch_map(given: Plan | Mapping[str, DeviceKey | str | torch.device], devices: Devices) -> dict[str, torch.device]:
+    if isinstance(given, Plan):
+        places = torch_devices(given, devices)
+        return {name: places[key] for name, key in given.device_map.items()}
+    indices = sorted({value for value in given.values() if isinstance(value, int)})
+    if devices == "virtual":
+        chosen = dict(enumerate(virtual_gpus([2**60] * (max(indices, default=0) + 1)).devices))
+    elif devices == "cpu":
+        chosen = dict.fromkeys(indices, torch.device("cpu"))
+    elif devices is None:
+        chosen = {index: torch.device("cuda", index) for index in indices}
+        _refuse_missing(indices)
+    else:
+        chosen = dict(enumerate(map(torch.device, devices)))
+    return {name: chosen[value] if isinstance(value, int) else torch.device(value) for name, value in given.items()}
+
+
+def _refuse_missing(indices: list[int]) -> None:
+    found = torch.cuda.device_count()
+    if indices and indices[-1] >= found:
+        raise MachineError(
+            f"the device map needs cuda:{indices[-1]}, and torch sees {found} CUDA GPUs here. "
+            "Pass devices='virtual' to try the map without them, or devices='cpu' to run on the CPU."
+        )
+
+
+def _home(given: object, device_map: Mapping[str, torch.device]) -> torch.device:
+    if isinstance(given, Plan) and "input_ids" in given.input_devices:
+        key = given.input_devices["input_ids"]
+        return next(device_map[name] for name, value in given.device_map.items() if value == key)
+    return min(device_map.values(), key=lambda device: device.index or 0)

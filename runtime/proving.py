@@ -1,0 +1,87 @@
+"""The proof of a plan for a model of ours: that model, at its full size and without its weights, runs as planned.
+
+Prefill and decode steps of the plan's own workload run on virtual GPUs that have sizes and no bytes, under the hooks
+that `load_sharded` uses and under accelerate's, which anyone else would use with the device map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import nn
+
+from planner.errors import ConstraintError, InfeasibleError
+from planner.plan import Plan
+from planner.workload import Workload
+from runtime.proof import DryRun, Hooks, dry_run
+from runtime.steps import Watch
+from vlm.internlm_xcomposer2.workload_inputs import workload_inputs
+from vlm.model import Model
+from vlm.skeleton import build_skeleton
+
+HOOKS: tuple[Hooks, ...] = ("ours", "accelerate")
+NUM_DECODE_STEPS = 2
+
+
+def prove(model: Model, plan: Plan) -> Plan:
+    """`plan` with its proof filled in.
+
+    Raises: InfeasibleError with the first mismatch when the plan does not run; ConstraintError for several hosts, which
+    no single process can run.
+    """
+    for hooks in HOOKS:
+        run = rehearse(model, plan, hooks)
+        if not run.ok:
+            raise InfeasibleError(f"the plan does not run under the hooks {hooks!r}: {run.mismatches[0]}")
+    workload_class = _workload_class(plan.workload)
+    question = [plan.fingerprint, plan.device_map, workload_class, _versions()]
+    proof = {
+        "status": "proven",
+        "hooks": ", ".join(HOOKS),
+        "workload_class": workload_class,
+        "versions": _versions(),
+        "fingerprint": hashlib.sha256(repr(question).encode()).hexdigest()[:16],
+    }
+    return replace(plan, proof=proof)
+
+
+def rehearse(model: Model, plan: Plan, hooks: Hooks) -> DryRun:
+    """The dry run of a plan's own workload at full size."""
+    if len(plan.machine.hosts) > 1:
+        raise ConstraintError(f"a plan over hosts {', '.join(plan.machine.hosts)} cannot be proven in one process")
+    dtype = getattr(torch, plan.workload.dtype)
+    skeleton = build_skeleton(model, dtype=dtype, attention=plan.workload.attention)
+    inputs = workload_inputs(skeleton.config, plan.workload)
+    return dry_run(skeleton, inputs, plan, hooks=hooks, steps=_prefill_and_decode)
+
+
+def _prefill_and_decode(model: nn.Module, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
+    """As `generate` does it: logits of the last position, the cache grown by one token a step."""
+    outputs = model(**inputs, use_cache=True, logits_to_keep=1)
+    results, mask = [outputs.logits], inputs["attention_mask"]
+    watch.phase = "decode"
+    for _ in range(NUM_DECODE_STEPS):
+        mask = torch.cat([mask, mask[:, -1:]], dim=1)
+        outputs = model(
+            input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=outputs.past_key_values
+        )
+        results.append(outputs.logits)
+    return results
+
+
+def _workload_class(workload: Workload) -> str:
+    """What the proof covers: sizes do not decide what meets, the kind of run does."""
+    images = "with images" if workload.num_images else "text only"
+    padding = "padded batch" if workload.batch_size > 1 else "one sequence"
+    return f"{images}, {padding}, {workload.attention} attention, dynamic cache, greedy or sampled"
+
+
+def _versions() -> str:
+    torch_version = torch.__version__.partition("+")[0]
+    return f"torch {torch_version}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"

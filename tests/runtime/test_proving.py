@@ -1,0 +1,81 @@
+"""Plans of real size, run without weights: they are clean, and their peaks are what the plan said."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from planner import ConstraintError, InfeasibleError, Machine, Workload
+from runtime.proving import NUM_DECODE_STEPS, prove, rehearse
+from vlm.model import find_model
+from vlm.planning import plan_for
+
+ROUNDING_BYTES = 512 * 256
+"""The ledger rounds tensors up; a plan leaves that to its workspace."""
+CLOSE = 1.02
+
+
+@pytest.fixture(autouse=True)
+def free_virtual_gpus() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "changes"),
+    [
+        ("internlm-xcomposer2-vl-7b", "2x24GiB", {}),
+        ("internlm-xcomposer2-vl-7b", "24GiB,12GiB,8GiB", {"num_images": 3, "prompt_tokens": 2000}),
+        ("internlm-xcomposer2-vl-7b", "2x24GiB", {"batch_size": 4, "prompt_tokens": 300}),
+        ("internlm-xcomposer2-vl-7b", "2x24GiB", {"attention": "eager", "prompt_tokens": 900}),
+        ("internlm-xcomposer2-7b", "3x12GiB", {"dtype": "bfloat16"}),
+        ("internlm2-1_8b", "2x8GiB", {"prompt_tokens": 9000}),
+        ("internlm2-chat-20b", "4x16GiB", {"batch_size": 2}),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
+)
+def test_activations_of_a_real_size_plan_are_predicted_within_two_percent(
+    name: str, spec: str, changes: dict[str, Any]
+) -> None:
+    model = find_model(name)
+    plan = plan_for(model, Machine.parse(spec), Workload(**changes))
+    run = rehearse(model, plan, "ours")
+    assert run.ok
+    counts = plan.quantities
+    cached = counts.text_tokens + counts.image_tokens + NUM_DECODE_STEPS
+    for key, memory in plan.memory.items():
+        cache_bytes = memory.kv_cache_bytes * cached // counts.positions
+        measured = run.peak_bytes[f"vgpu:{key}"] - memory.weights_bytes - cache_bytes
+        predicted = memory.activations_bytes + memory.logits_bytes + memory.buffers_bytes
+        assert measured - ROUNDING_BYTES <= predicted <= CLOSE * measured
+
+
+def test_a_proof_names_what_it_covers() -> None:
+    model = find_model("internlm2-1_8b")
+    plan = plan_for(model, Machine.parse("2x8GiB"))
+    assert plan.proof == {"status": "unproven"}
+    proof = prove(model, plan).proof
+    assert (proof["status"], proof["hooks"]) == ("proven", "ours, accelerate")
+    assert proof["workload_class"].startswith("text only, one sequence, sdpa attention")
+    assert proof == prove(model, plan).proof
+    other = prove(model, plan_for(model, Machine.parse("8GiB,6GiB"))).proof
+    assert other["fingerprint"] != proof["fingerprint"]
+
+
+def test_a_plan_that_does_not_run_is_not_proven() -> None:
+    model = find_model("internlm-xcomposer2-7b")
+    plan = plan_for(model, Machine.parse("2x24GiB"))
+    broken = replace(plan, placement={**plan.placement, "vision_proj": 1})
+    with pytest.raises(InfeasibleError, match=r"the plan does not run .*cat at .*vision\.py.*torch\.cat"):
+        prove(model, broken)
+
+
+def test_a_plan_over_two_hosts_is_not_proven_in_one_process() -> None:
+    model = find_model("internlm2-1_8b")
+    plan = plan_for(model, Machine.parse("a=8GiB/b=8GiB"))
+    with pytest.raises(ConstraintError, match="a plan over hosts a, b cannot be proven in one process"):
+        prove(model, plan)
