@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test sweep lint clean
 
 demo: $(READY)            ## plan a real-size model, then run such a plan on virtual GPUs
 	@$(BIN)/plan-devices internlm-xcomposer2-vl-7b --gpus 2x24GiB
@@ -13,6 +13,9 @@ demo: $(READY)            ## plan a real-size model, then run such a plan on vir
 
 test: $(READY) lint       ## everything that CI runs
 	@$(BIN)/python -m pytest
+
+sweep: $(READY)           ## all VLM types of the installed transformers; writes docs/sweep.md
+	@$(BIN)/python benchmarks/sweep.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

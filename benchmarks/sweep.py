@@ -115,8 +115,8 @@ def _table(rows: list[Row]) -> str:
         f"Written by `python benchmarks/sweep.py`: transformers {transformers.__version__}, torch "
         f"{torch.__version__.partition('+')[0]}, accelerate {accelerate.__version__}. **{clean} of {len(rows)}** types "
         "are clean: their plans for 2, 3 and 4 devices run without a mismatch, under our hooks and accelerate's,",
-        "prefill and decode steps, with logits equal to the whole model's bit for bit. Models are built tiny from their",
-        "config classes; no weights are trained, no GPU is involved.",
+        "prefill and decode steps, with logits equal to the whole model's bit for bit. Models are built tiny from",
+        "their config classes; no weights are trained, no GPU is involved.",
         "",
         "| type | map entries | steps | devices used | result |",
         "|---|---:|---:|---|---|",

@@ -164,8 +164,9 @@ def _number(name: str, tensor: torch.Tensor) -> Any:
 
 
 def _equal(name: str, tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    record(name, tensor.shape, "unknown numbers equal no others: False", PROCESS.decisions)
-    return tensor is other
+    is_same = tensor is other
+    record(name, tensor.shape, f"a tensor equals itself alone: {is_same}", PROCESS.decisions)
+    return is_same
 
 
 def _nonzero(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -23,37 +23,45 @@ def unknown(*shape):
 
 
 DECIDED = {
-    "equals": (lambda x: x == 0, [False] * 4, "eq", "an unknown number equals no other: False"),
-    "differs": (lambda x: x != 0, [True] * 4, "ne", "an unknown number equals no other: True"),
-    "less": (lambda x: x < x + 1, [False] * 4, "lt", "an unknown number is not less than another: False"),
-    "more": (lambda x: x.gt_(1).bool(), [True] * 4, "_to_copy", "an unknown number is not zero: True"),
+    "equals": (lambda x: x == 0, [False] * 4, "eq", "equals no other: False"),
+    "differs": (lambda x: x != 0, [True] * 4, "ne", "equals no other: True"),
+    "less": (lambda x: x < x + 1, [False] * 4, "lt", "is not less than another: False"),
+    "more": (lambda x: x.gt_(1).bool(), [True] * 4, "_to_copy", "not zero: True"),
     "equals itself": (lambda x: x == x, [True] * 4, "eq", "a number equals itself"),
     "differs from itself": (lambda x: x != x, [False] * 4, "ne", "a number equals itself"),
-    "is not a number": (lambda x: x.isnan(), [False] * 4, "isnan", "an unknown number is finite: False"),
-    "is something": (lambda x: x.any(), True, "any", "an unknown number is not zero: True"),
-    "not": (lambda x: ~x.bool(), [False] * 4, "_to_copy", "an unknown number is not zero: True"),
-    "argmax": (lambda x: x.argmax(), 0, "argmax", "the first of unknown numbers is picked: 0"),
-    "argmin of columns": (lambda x: x.view(2, 2).argmin(0), [0, 0], "argmin", "the first of unknown numbers is picked: 0"),
-    "max with index": (lambda x: x.max(0).indices, 0, "max", "the first of unknown numbers is picked: 0"),
-    "sample": (lambda x: x.multinomial(2), [0, 0], "multinomial", "the first of unknown numbers is picked: 0"),
-    "cast to integers": (lambda x: x.long(), [0] * 4, "_to_copy", "an unknown number becomes the integer 0"),
-    "cast elsewhere": (lambda x: x.to("vgpu:1", torch.int32), [0] * 4, "_to_copy", "an unknown number becomes the integer 0"),
-    "cast on the host": (lambda x: x.to("cpu", torch.int32), [0] * 4, "_to_copy", "an unknown number becomes the integer 0"),
-    "bucket": (lambda x: torch.bucketize(x, x), [0] * 4, "bucketize", "an unknown number becomes the integer 0"),
-    "bits": (lambda x: x.view(torch.int32) + 1, [0] * 4, "add", "an unknown number becomes the integer 0"),
-    "nonzero": (lambda x: x.nonzero(), [[0], [1], [2], [3]], "nonzero", "an unknown number is not zero"),
-    "out": (lambda x: torch.gt(x, 0, out=torch.ones(4, dtype=torch.bool, device=DEVICE)), [False] * 4, "gt",
-            "an unknown number is not more than another: False"),
-    "empty out": (lambda x: torch.argmax(x, 0, out=torch.empty(0, dtype=torch.long, device=DEVICE)), 0, "argmax",
-                  "the first of unknown numbers is picked: 0"),
-    "read": (lambda x: x, [0.0] * 4, "_to_copy", "unknown numbers are read on the host as 0.0"),
-}  # fmt: skip
+    "is not a number": (lambda x: x.isnan(), [False] * 4, "isnan", "is finite: False"),
+    "is something": (lambda x: x.any(), True, "any", "not zero: True"),
+    "not": (lambda x: ~x.bool(), [False] * 4, "_to_copy", "not zero: True"),
+    "argmax": (lambda x: x.argmax(), 0, "argmax", "picked: 0"),
+    "argmin of columns": (lambda x: x.view(2, 2).argmin(0), [0, 0], "argmin", "picked: 0"),
+    "max with index": (lambda x: x.max(0).indices, 0, "max", "picked: 0"),
+    "sample": (lambda x: x.multinomial(2), [0, 0], "multinomial", "picked: 0"),
+    "cast to integers": (lambda x: x.long(), [0] * 4, "_to_copy", "integer 0"),
+    "cast elsewhere": (lambda x: x.to("vgpu:1", torch.int32), [0] * 4, "_to_copy", "integer 0"),
+    "cast on the host": (lambda x: x.to("cpu", torch.int32), [0] * 4, "_to_copy", "integer 0"),
+    "bucket": (lambda x: torch.bucketize(x, x), [0] * 4, "bucketize", "integer 0"),
+    "bits": (lambda x: x.view(torch.int32) + 1, [0] * 4, "add", "integer 0"),
+    "nonzero": (lambda x: x.nonzero(), [[0], [1], [2], [3]], "nonzero", "not zero"),
+    "out": (
+        lambda x: torch.gt(x, 0, out=torch.ones(4, dtype=torch.bool, device=DEVICE)),
+        [False] * 4,
+        "gt",
+        "is not more than another: False",
+    ),
+    "empty out": (
+        lambda x: torch.argmax(x, 0, out=torch.empty(0, dtype=torch.long, device=DEVICE)),
+        0,
+        "argmax",
+        "picked: 0",
+    ),
+    "read": (lambda x: x, [0.0] * 4, "_to_copy", "read on the host as 0.0"),
+}
 
 
 @pytest.mark.parametrize(("call", "value", "op", "rule"), DECIDED.values(), ids=DECIDED)
 def test_value_is_decided_by_a_rule_on_record(call, value, op, rule, gpus):
     assert call(unknown(4)).tolist() == value
-    assert (op, rule) in {(decision.op, decision.rule) for decision in gpus.decisions}
+    assert any(decision.op == op and rule in decision.rule for decision in gpus.decisions)
 
 
 HOST = {
@@ -67,7 +75,7 @@ HOST = {
     "contains": (lambda x: 3.0 in x, False),
     "all close": (lambda x: torch.allclose(x, x + 1), False),
     "numpy": (lambda x: x.cpu().numpy().tolist(), [0.0] * 4),
-    "printed": (lambda x: str(x), "tensor([0., 0., 0., 0.], device='vgpu:0')"),
+    "printed": (lambda x: str(x), "tensor([0.0000, 0.0000, 0.0000, 0.0000], device='vgpu:0')"),
 }
 
 
@@ -92,7 +100,7 @@ def test_router_spreads_rows_evenly_over_experts(gpus):
 RANKED = {
     "topk of columns": (lambda x: x.topk(2, dim=0).indices, [[0, 2, 4, 0], [1, 3, 5, 1]]),
     "sort": (lambda x: x.sort().indices, [[0, 1, 2, 3]] * ROWS),
-    "sort of columns": (lambda x: x.sort(0, stable=True).indices.t(), [[0, 1, 2, 3, 4, 5]] * 4),
+    "sort of columns": (lambda x: x.sort(stable=True, dim=0).indices.t(), [[0, 1, 2, 3, 4, 5]] * 4),
     "argsort": (lambda x: x.argsort(descending=True), [[0, 1, 2, 3]] * ROWS),
     "one number": (lambda x: x.sum().topk(1).indices, [0]),
     "no rows": (lambda x: x[:0].topk(2).indices, []),
@@ -111,7 +119,8 @@ def test_grouped_routing_goes_through(gpus):
     mask = torch.zeros_like(scores.view(ROWS, 4, 2)[..., 0]).scatter_(1, groups, 1).bool()
     masked = scores.masked_fill(~mask.unsqueeze(-1).expand(ROWS, 4, 2).reshape(ROWS, 8), 0.0)
     assert masked.topk(2).indices.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] + [[0, 1], [2, 3]]
-    assert mask.all().item() is False or len(gpus.decisions) > 3
+    assert mask.sum(-1).tolist() == [2] * ROWS
+    assert {decision.op for decision in gpus.decisions} >= {"topk"}
 
 
 def test_decision_names_operation_shape_rule_and_line(gpus):

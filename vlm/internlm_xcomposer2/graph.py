@@ -153,8 +153,8 @@ class _Builder:
         if self._precision.padded:
             attending += seen * (2 * width)
         if self._precision.eager:
-            # At the softmax: the input, its normed self and the queries; repeated keys are gone, values not yet made.
-            attending = new * (3 * width) + tokens * context * (facts.num_attention_heads * EAGER_SCORE)
+            # At the softmax: hidden states, normed ones and queries; repeated keys are gone, values not yet made.
+            attending = new * (4 * width) + tokens * context * (facts.num_attention_heads * EAGER_SCORE)
         low_rank = image_tokens * ((inner + facts.plora_rank) * itemsize)
         dense, lora = self._layer_parameters()
         return PhaseCost(
