@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from planner import InfeasibleError, Machine, Plan
-from planner.units import GIB
+from planner.units import GIB, MIB
 from runtime.atoms import find_atoms
 from runtime.planning import plan_model
-from runtime.steps import Steps, forward_and_decode
+from runtime.proof import dry_run
+from runtime.steps import Steps, Watch, forward_and_decode
 from runtime.trace import Trace, trace_model
 from runtime.virtual.process import PROCESS
-from vlm.inputs import example_inputs
+from vlm.inputs import FIRST_PLAIN_TOKEN, cache_inputs, example_inputs
 
 TABLE = Path(__file__).parents[1] / "docs" / "full-size.md"
 MACHINES = ("1x24GiB", "2x24GiB", "4x24GiB", "8x24GiB", "8x80GiB")
@@ -101,7 +103,7 @@ def _mrope(*section: int, theta: float, **rest: Any) -> dict[str, Any]:
     }
 
 
-HEADERS = "total of the checkpoint's safetensors headers, typed from the hub's page"
+HEADERS = "total of the checkpoint's safetensors headers, as remembered from the hub's page"
 STUDY = "the study of planners, section 3.1: published counts of typed configs"
 SO400M = _vision(1152, 4304, 27, 16, patch_size=14)
 """The SigLIP encoder of 400M parameters."""
@@ -281,6 +283,7 @@ COLUMNS = (
     "smallest machine",
     "GPUs used",
     "KV positions",
+    "room then, MiB",
     "proof",
     "decisions",
 )
@@ -404,8 +407,37 @@ def _planned(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
             refusal = str(error).splitlines()[0]
             continue
         used = len(set(plan.device_map.values()))
-        return spec, str(used), f"{plan.kv_tokens or 0:,}", plan.proof["status"]
-    return f"none: {refusal}", "", "", ""
+        return spec, str(used), f"{plan.kv_tokens or 0:,}", _room(model, inputs, plan), plan.proof["status"]
+    return f"none: {refusal}", "", "", "", ""
+
+
+def _room(model: nn.Module, inputs: Mapping[str, Any], plan: Plan) -> str:
+    """MiB that the fullest device keeps, beyond context and reserve, while it decodes at the plan's longest cache."""
+    gc.collect()
+    run = dry_run(model, inputs, plan, steps=partial(_decode_at, plan.kv_tokens or 0))
+    usable = [d.memory_bytes - d.context_bytes - d.reserve_bytes for d in plan.machine.devices]
+    rooms = [room - peak for room, peak in zip(usable, run.peak_bytes.values(), strict=False)]
+    return f"{min(rooms) // MIB:,}"
+
+
+def _decode_at(num_positions: int, model: Any, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
+    """A prefill, and a decode step as if `num_positions` came out of it: without values a long cache costs nothing."""
+    watch.phase = "prefill"
+    cache = model(**inputs, **cache_inputs(model)).past_key_values
+    prompt_length = inputs["input_ids"].shape[1]
+    for layer in cache.layers:
+        is_sliding = getattr(layer, "is_sliding", False)
+        if layer.keys.shape[-2] != prompt_length and not is_sliding:
+            continue  # of an image's states, which do not grow
+        length = min(num_positions - 1, layer.sliding_window - 1) if is_sliding else num_positions - 1
+        layer.cumulative_length = num_positions - 1
+        for name in ("keys", "values"):
+            shape = (*getattr(layer, name).shape[:-2], length, getattr(layer, name).shape[-1])
+            longer = getattr(layer, name).new_empty(shape)
+            setattr(layer, name, longer)
+    watch.phase = "decode"
+    new_ids = torch.full_like(inputs["input_ids"][:, :1], FIRST_PLAIN_TOKEN)
+    return [model(input_ids=new_ids, past_key_values=cache, use_cache=True).logits]
 
 
 def _peak_rss_mib() -> int:
@@ -447,6 +479,8 @@ def _table(rows: list[Row]) -> str:
         "- a decision is a value that shape-only execution had to settle by rule, counted in the last round",
         "- RSS growth is the rise of the process's peak from the built model, inputs made, to the end of tracing",
         "- the smallest of " + ", ".join(MACHINES) + " that holds the model is planned; the plan is `balance`'s",
+        "- room is what the fullest GPU keeps beyond context and reserve in a decode step at that many KV positions,",
+        "  run without values; below zero the plan promises more positions than fit",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

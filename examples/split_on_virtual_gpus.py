@@ -34,6 +34,6 @@ with tempfile.TemporaryDirectory() as scratch:
     for gpu, planned in model.plan.memory.items():
         peak = torch.vgpu.max_memory_allocated(gpu)
         tensors = planned.total_bytes - planned.workspace_bytes - planned.context_bytes - planned.reserve_bytes
-        print(f"vgpu:{gpu} peaked at {peak:,} bytes of tensors, the plan said {tensors:,}")
+        print(f"vgpu:{gpu} peaked at {peak:,} bytes in blocks of 512; the plan: {tensors:,} and workspace for rounding")
     assert torch.equal(answers["unsplit"], answers["split"]), "the split model answered differently"
     print("Same tokens, split and unsplit.")

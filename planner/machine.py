@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from planner.errors import MachineError
+from planner.errors import ConstraintError, MachineError
 from planner.textfile import parse_mapping, read_mapping
 from planner.units import MIB, format_bytes, parse_bytes, shorthand
 
@@ -34,7 +34,7 @@ _ITEM = re.compile(r"(?:(\d+)\s*x\s*)?(\S.*)")
 class Device:
     """One GPU. `memory_bytes` is free to us before context and reserve; None for a speed means unknown.
 
-    Raises: ValueError for a negative size or one that context and reserve use up.
+    Raises: ValueError for a negative size.
     """
 
     index: int
@@ -154,19 +154,32 @@ class Machine:
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         return replace(self, devices=tuple(replace(device, **given) for device in self.devices))
 
+    def position(self, device: str) -> int:
+        """Where the device of this index or name stands in `devices`; on several hosts only names are unique.
+
+        Raises: ConstraintError when there is none.
+        """
+        for position, known in enumerate(self.devices):
+            if device.strip() in (known.name, str(known.index) if len(self.hosts) == 1 else ""):
+                return position
+        names = ", ".join(known.name if len(self.hosts) > 1 else str(known.index) for known in self.devices)
+        raise ConstraintError(f"there is no device {device}: this machine has {names}")
+
     def limited(self, max_memory: Mapping[int, int]) -> Machine:
         """The same machine where the devices at these positions have at most so many bytes.
 
-        Raises: MachineError for a position the machine does not have.
+        Raises: ConstraintError for a position the machine does not have, or no bytes at all.
         """
         nothing = [position for position, num_bytes in max_memory.items() if num_bytes < 1]
         if nothing:
-            raise MachineError(
+            raise ConstraintError(
                 f"--max-memory {nothing[0]}=0 leaves nothing: leave that device out of the machine instead"
             )
         unknown = sorted(set(max_memory) - set(range(len(self.devices))))
         if unknown:
-            raise MachineError(f"--max-memory names device {unknown[0]}: this machine has {_range(len(self.devices))}")
+            raise ConstraintError(
+                f"--max-memory names device {unknown[0]}: this machine has {_range(len(self.devices))}"
+            )
         return replace(
             self,
             devices=tuple(

@@ -293,6 +293,10 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
         fingerprint=str(content["fingerprints"]["model"]),
         proof=dict(content["proof"]),
     )
+    if "input_ids" not in plan.input_devices:
+        raise ValueError(f"input_devices names {list(plan.input_devices)}, not input_ids")
+    if "auto" in (plan.workload.dtype, plan.workload.kv_dtype):
+        raise ValueError("the workload's dtype is auto: a plan is for one dtype")
     if list(plan.memory) != _keys(machine):
         raise ValueError(f"memory lists devices {list(plan.memory)}, the machine has {_keys(machine)}")
     return plan

@@ -15,7 +15,8 @@ from planner.plan import Boundary, DeviceKey, Plan, device_key
 from planner.units import GIB, format_bytes
 
 BAR_CELLS = 40
-DEVICES_PER_TABLE = 8
+TABLE_WIDTH = 64
+"""Columns for devices beside the parts' names, on a terminal of 80."""
 _PARTS = {
     "weights": ("█", "cyan"),
     "kv_cache": ("▓", "green"),
@@ -89,13 +90,15 @@ def memory_bar(peak: MemoryBreakdown, memory_bytes: int) -> Text:
 def _memory_tables(plan: Plan) -> Iterator[Table]:
     """Parts as rows, devices as columns, in tables narrow enough for a terminal."""
     devices = list(enumerate(plan.machine.devices))
-    for start in range(0, len(devices), DEVICES_PER_TABLE):
-        yield _memory_table(plan, devices[start : start + DEVICES_PER_TABLE])
+    column_width = 2 + max(len(device.name) for _, device in devices)
+    per_table = max(1, TABLE_WIDTH // column_width)
+    for start in range(0, len(devices), per_table):
+        yield _memory_table(plan, devices[start : start + per_table])
 
 
 def _memory_table(plan: Plan, devices: list[tuple[int, Device]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("GiB at peak", no_wrap=True)
+    table.add_column("GiB at peak", no_wrap=True, min_width=13)
     peaks = [plan.memory[device_key(plan.machine, position)] for position, _ in devices]
     for _, device in devices:
         table.add_column(Text(device.name), justify="right", no_wrap=True)
@@ -144,7 +147,7 @@ def _verdict(plan: Plan) -> Iterator[Text]:
 
 
 def _room(plan: Plan, position: int) -> float:
-    """Fraction of the device that stays free; devices without KV cache cannot bind."""
+    """How many times its KV cache the device still has free; devices without one cannot bind."""
     device = plan.machine.devices[position]
     peak = plan.memory[device_key(plan.machine, position)]
     if not peak.kv_cache_bytes:

@@ -38,15 +38,17 @@ class Courier:
         return relocate(value, self._remembered if shared else self._moved)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.device == self._device else tensor.to(self._device, non_blocking=True)
+        # To the host a non-blocking copy may be read before it has arrived.
+        return tensor.to(self._device, non_blocking=self._device.type != "cpu")
 
     def _remembered(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device == self._device:
-            return tensor
+        if tensor.device == self._device or tensor.is_inference():
+            # An inference tensor has no version to tell whether it has been written to since it was copied.
+            return self._moved(tensor)
         known = self._copies.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
-        copy = tensor.to(self._device, non_blocking=True)
+        copy = self._moved(tensor)
         key, copies = id(tensor), self._copies
         self._copies[key] = (weakref.ref(tensor, lambda _: copies.pop(key, None)), tensor._version, copy)
         return copy

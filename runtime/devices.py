@@ -8,6 +8,7 @@ import torch
 
 from planner.errors import MachineError
 from planner.plan import DeviceKey, Plan, device_key
+from runtime.virtual import virtual_gpus
 
 Devices = str | Sequence[str | torch.device] | None
 
@@ -19,6 +20,8 @@ def torch_devices(plan: Plan, devices: Devices) -> dict[DeviceKey, torch.device]
     device each in the plan's order.
     Raises: MachineError when a GPU is not there, or the list's length is not the plan's.
     """
+    if len(plan.machine.hosts) > 1:
+        raise MachineError(f"the plan spans hosts {', '.join(plan.machine.hosts)}: one process loads one host's part")
     keys = [device_key(plan.machine, position) for position in range(len(plan.machine.devices))]
     if devices is None:
         return dict(zip(keys, _real_gpus(plan), strict=True))
@@ -30,12 +33,13 @@ def torch_devices(plan: Plan, devices: Devices) -> dict[DeviceKey, torch.device]
         raise MachineError(f"devices={devices!r} is unknown: give None (real GPUs), 'virtual', 'cpu' or a list")
     if len(devices) != len(keys):
         raise MachineError(f"devices lists {len(devices)} devices, the plan has {len(keys)}: give one for each")
-    return dict(zip(keys, map(torch.device, devices), strict=True))
+    try:
+        return dict(zip(keys, map(torch.device, devices), strict=True))
+    except RuntimeError as problem:
+        raise MachineError(f"devices {list(devices)} are not all torch devices: {problem}") from problem
 
 
 def _real_gpus(plan: Plan) -> list[torch.device]:
-    if len(plan.machine.hosts) > 1:
-        raise MachineError(f"the plan spans hosts {', '.join(plan.machine.hosts)}: one process loads one host's part")
     found = torch.cuda.device_count()
     missing = [device.name for device in plan.machine.devices if device.index >= found]
     if missing:
@@ -48,6 +52,10 @@ def _real_gpus(plan: Plan) -> list[torch.device]:
 
 def _virtual_gpus(plan: Plan) -> Sequence[torch.device]:
     """Virtual GPUs with what remains of each planned device after context and reserve, which hold no tensors."""
-    from runtime.virtual import virtual_gpus
-
-    return virtual_gpus([d.memory_bytes - d.context_bytes - d.reserve_bytes for d in plan.machine.devices]).devices
+    left = (device.memory_bytes - device.context_bytes - device.reserve_bytes for device in plan.machine.devices)
+    try:
+        return virtual_gpus([max(1, num_bytes) for num_bytes in left]).devices
+    except RuntimeError as problem:
+        raise MachineError(
+            f"virtual GPUs are in use: {problem}, for instance an earlier model (del model)"
+        ) from problem

@@ -88,17 +88,29 @@ def place_weights(
     Raises: PlanMismatchError when the map leaves a weight or buffer without a device.
     """
     _refuse_uncovered(skeleton, device_map)
+    names_of = _names_by_parameter(skeleton)
     for name, weight in weights:
         module, leaf = _parent(skeleton, name)
         expected = module._parameters.get(leaf)
         if expected is None:
             continue
         placed = weight.to(device=device_map[_key(name, device_map)], dtype=expected.dtype)
-        module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+        parameter = nn.Parameter(placed, requires_grad=False)
+        for tied in names_of[id(expected)]:
+            module, leaf = _parent(skeleton, tied)
+            module._parameters[leaf] = parameter
     _initialise_optional(skeleton, device_map)
     for name, buffer in list(skeleton.named_buffers()):
         module, leaf = _parent(skeleton, name)
         module._buffers[leaf] = buffer.to(device_map[_key(name, device_map)])
+
+
+def _names_by_parameter(skeleton: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter: tied modules share one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def _attached(
@@ -148,7 +160,10 @@ def _weights(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, torch.T
 def _generation_config(folder: Path, skeleton: PreTrainedModel) -> GenerationConfig:
     """The folder's, else what the config says, without its `max_length`: that argues with every `max_new_tokens`."""
     if (folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(folder)
+        try:
+            return GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as problem:
+            raise SourceError(f"{folder / 'generation_config.json'} cannot be used: {problem}") from problem
     config = skeleton.config
     return GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id

@@ -123,11 +123,5 @@ def _entry(index: int, reading: GpuReading) -> dict[str, object]:
         "uuid": reading.uuid,
         "memory": f"{reading.free_bytes // ROUNDING_BYTES * ROUNDING_BYTES}B",
     }
-    kind = _preset_name(reading.name)
-    return {**entry, "kind": kind} if kind in gpu_presets() else entry
-
-
-def _preset_name(name: str) -> str:
-    """`NVIDIA GeForce RTX 4090` as `rtx4090`."""
-    words = name.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", "").split()
-    return "".join(words)
+    kind = next((kind for kind, preset in gpu_presets().items() if reading.name in preset["nvml"]), None)
+    return {**entry, "kind": kind} if kind else entry

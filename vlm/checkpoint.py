@@ -142,8 +142,8 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 
 def _read_headers(shard: Path) -> dict[str, TensorHeader]:
-    refuse_lfs_pointer(shard)
     try:
+        refuse_lfs_pointer(shard)
         with safe_open(shard, framework="numpy") as weights:
             headers = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
             return {

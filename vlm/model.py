@@ -60,6 +60,11 @@ class Model:
                 f"Raise --max-model-len to {needed} or ask for less."
             )
         kv_dtype = dtype if workload.kv_dtype == "auto" else workload.kv_dtype
+        if kv_dtype != dtype:
+            raise ConstraintError(
+                f"kv_dtype {kv_dtype} with dtype {dtype}: the cache keeps keys and values in the model's dtype. "
+                "Leave kv_dtype at auto."
+            )
         return replace(workload, dtype=dtype, kv_dtype=kv_dtype, num_images=images, max_model_len=length)
 
     def quantities(self, workload: Workload) -> Quantities:
@@ -138,7 +143,9 @@ def _architecture(checkpoint: Checkpoint) -> str:
     Official configs say model_type `internlm2` for both families, so that key decides nothing.
     """
     named = checkpoint.config.get("architectures") or []
-    if isinstance(named, list) and named and named[0] in ARCHITECTURES:
+    if not isinstance(named, list):
+        raise SourceError(f"{checkpoint.folder / 'config.json'}: architectures is {named!r}, not a list of class names")
+    if named and named[0] in ARCHITECTURES:
         return str(named[0])
     if not named and any(".attention.wqkv." in name for name in checkpoint.tensors):
         return ARCHITECTURES[0 if any(name.startswith("vit.") for name in checkpoint.tensors) else 1]

@@ -27,4 +27,5 @@ def build_skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa")
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
         skeleton = model_class(config)
+    skeleton.tie_weights()
     return skeleton.to(dtype).eval()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from planner.cli import options
 from planner.units import format_bytes
 
 
 def run(argv: Sequence[str]) -> int:
     """Convert, saying on stderr what was written."""
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="plan-devices convert",
         description="Turn a folder of pytorch_model*.bin into safetensors, in a new folder.",
     )

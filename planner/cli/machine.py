@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from planner.textfile import dump_mapping
 
 def run(argv: Sequence[str]) -> int:
     """Print the GPUs found here, or what the options describe, as YAML that --machine reads back."""
-    parser = argparse.ArgumentParser(prog="plan-devices machine", description="Print a machine as a machine file.")
+    parser = options.Parser(prog="plan-devices machine", description="Print a machine as a machine file.")
     options.add_machine_arguments(parser)
     sys.stdout.write(dump_mapping(options.machine_from(parser.parse_args(argv)).to_dict()))
     return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from planner.cli import options
 from planner.units import GIB
 from planner.workload import ITEMSIZE
 from vlm.catalogue import catalogue_names, lookup
@@ -12,7 +12,7 @@ from vlm.catalogue import catalogue_names, lookup
 
 def run(argv: Sequence[str]) -> int:
     """Print the catalogue."""
-    parser = argparse.ArgumentParser(prog="plan-devices models", description="List the models known by name.")
+    parser = options.Parser(prog="plan-devices models", description="List the models known by name.")
     parser.parse_args(argv)
     entries = {name: lookup(name) for name in catalogue_names()}
     width = max(map(len, entries))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from planner.errors import MachineError
 from planner.machine import Machine
@@ -15,6 +16,13 @@ Value = TypeVar("Value")
 
 MAX_DIGITS = 12
 """Of a count: what is computed from counts must stay printable as a float."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of printing every option first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"plan-devices: {message}\n{self.prog} --help lists the options.\n")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +60,8 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
 
         machine = probe_machine()
     machine = machine.with_overheads(context_bytes=arguments.context, reserve_bytes=arguments.reserve)
-    return machine.limited(dict(pair for pairs in arguments.max_memory for pair in pairs))
+    limits = [pair for pairs in arguments.max_memory for pair in pairs]
+    return machine.limited({machine.position(device): num_bytes for device, num_bytes in limits})
 
 
 def machine_spec(text: str) -> Machine:
@@ -88,24 +97,24 @@ def image_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def pin(text: str) -> tuple[str, int]:
-    """`vit=0` as a module and a device position."""
+def pin(text: str) -> tuple[str, str]:
+    """`vit=0` as a module and a device, by its index, or by its name `cuda:0` or `host/cuda:0`."""
     name, separator, device = text.rpartition("=")
-    if not separator or not name or not device.isdigit():
+    if not separator or not name or not re.fullmatch(r"\d+|(.+/)?cuda:\d+", device):
         raise argparse.ArgumentTypeError(f"{text!r} is not a pin: write MODULE=DEVICE, such as vit=0")
-    return name, int(device)
+    return name, device
 
 
-def assignments(convert: Callable[[str], Value]) -> Callable[[str], list[tuple[int, Value]]]:
-    """`0=20GiB,1=10GiB` as pairs of device position and converted value."""
+def assignments(convert: Callable[[str], Value]) -> Callable[[str], list[tuple[str, Value]]]:
+    """`0=20GiB,1=10GiB` as pairs of device and converted value."""
 
-    def pairs(text: str) -> list[tuple[int, Value]]:
+    def pairs(text: str) -> list[tuple[str, Value]]:
         found = []
         for item in text.split(","):
             device, separator, value = item.partition("=")
-            if not separator or not device.strip().isdigit():
+            if not separator or not device.strip():
                 raise argparse.ArgumentTypeError(f"{item!r} names no device: write DEVICE=SIZE, such as 0=20GiB")
-            found.append((int(device), convert(value)))
+            found.append((device, convert(value)))
         return found
 
     return pairs

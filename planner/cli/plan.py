@@ -14,6 +14,7 @@ from rich.console import Console
 from planner.cli import options
 from planner.constraints import Constraints
 from planner.errors import ConstraintError, SourceError
+from planner.machine import Machine
 from planner.plan import Plan
 from planner.report import report
 from planner.textfile import dump_mapping, write_atomically
@@ -33,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
     for note in _notes(model, arguments):
         console.print(note, markup=False)
-    constraints = Constraints(pins=_pins(arguments.pin), split_vision=arguments.split_vision)
+    constraints = Constraints(pins=_pins(machine, arguments.pin), split_vision=arguments.split_vision)
     plan = plan_for(model, machine, _workload(model, arguments), constraints)
     if arguments.prove:
         from runtime.proving import prove
@@ -41,18 +42,20 @@ def run(argv: Sequence[str]) -> int:
         plan = prove(model, plan)
     _write(_rendered(plan, arguments.format), arguments.output)
     console.print(report(plan))
+    longest = model.facts.max_position_embeddings
+    if plan.quantities.positions > longest:
+        console.print(f"{plan.quantities.positions} positions are more than the {longest} the model was made for")
     if arguments.output:
         console.print(f"Plan written to {arguments.output}", markup=False)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="plan-devices", description="Plan which GPU each module of MODEL goes to.")
+    parser = options.Parser(prog="plan-devices", description="Plan which GPU each module of MODEL goes to.")
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a name from `plan-devices models`")
     options.add_machine_arguments(parser)
     work = parser.add_argument_group("workload")
     work.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
-    work.add_argument("--kv-dtype", choices=get_args(Dtype), default="auto", help="of the KV cache (auto: as --dtype)")
     work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
     work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
     work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
@@ -77,12 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pins(asked: Sequence[tuple[str, int]]) -> dict[str, int]:
-    pins: dict[str, int] = {}
+def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> dict[str, int]:
+    pins: dict[str, str] = {}
     for name, device in asked:
         if pins.setdefault(name, device) != device:
             raise ConstraintError(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
-    return pins
+    return {name: machine.position(device) for name, device in pins.items()}
 
 
 def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
@@ -98,7 +101,6 @@ def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
             new_tokens=arguments.new_tokens,
             max_model_len=arguments.max_model_len,
             dtype=arguments.dtype,
-            kv_dtype=arguments.kv_dtype,
             attention=arguments.attention,
         )
     except ValueError as problem:
@@ -111,11 +113,6 @@ def _notes(model: Model, arguments: argparse.Namespace) -> list[str]:
     if arguments.image_size and model.facts.vision:
         side = model.facts.vision.image_size
         notes.append(f"--image-size changes nothing: {model.name} resizes every picture to {side}x{side}")
-    longest = model.facts.max_position_embeddings
-    if arguments.max_model_len and arguments.max_model_len > longest:
-        notes.append(
-            f"--max-model-len {arguments.max_model_len} is beyond the {longest} positions the model was made for"
-        )
     return notes
 
 
@@ -139,6 +136,8 @@ def _check_output(arguments: argparse.Namespace) -> None:
         exists = output.exists()
     except OSError as problem:
         raise SourceError(f"{output} cannot be written: {problem.strerror}") from problem
+    if exists and output.is_dir():
+        raise ConstraintError(f"{output} is a folder: name a file in it with -o")
     if exists and not arguments.force:
         raise ConstraintError(f"{output} exists: choose another -o FILE, or overwrite it with --force")
     if not output.parent.is_dir():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.errors import MachineError
+from planner.errors import ConstraintError, MachineError
 from planner.machine import CONTEXT_BYTES, RESERVE_BYTES, Device, Link, Machine, describe, gpu_presets
 from planner.textfile import dump_mapping
 from planner.units import GIB, MIB
@@ -117,7 +117,7 @@ def test_a_limit_lowers_memory_and_never_raises_it() -> None:
     ids=["past the end", "past the only one", "negative"],
 )
 def test_a_limit_on_a_device_that_is_not_there_is_refused(spec: str, position: int, range_text: str) -> None:
-    with pytest.raises(MachineError, match=f"--max-memory names device {position}: this machine has {range_text}"):
+    with pytest.raises(ConstraintError, match=f"--max-memory names device {position}: this machine has {range_text}"):
         Machine.parse(spec).limited({position: GIB})
 
 

@@ -270,7 +270,7 @@ WRITTEN = {
     "three devices": ("24GiB,12GiB,8GiB", Workload(batch_size=2, max_model_len=4096)),
     "one device": ("a100-40g", Workload(dtype="bfloat16", attention="eager")),
     "two hosts": ("a=2x8GiB/b=8GiB", Workload(num_images=0)),
-    "an image size": ("2xrtx4090", Workload(image_size=(640, 480), kv_dtype="float32")),
+    "an image size": ("2xrtx4090", Workload(image_size=(640, 480), kv_dtype="float16")),
 }
 
 

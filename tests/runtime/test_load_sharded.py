@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,12 +15,14 @@ import torch
 from accelerate import dispatch_model
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from planner import ConstraintError, Machine, MachineError, Plan, PlanMismatchError, SourceError, Workload
 from planner.constraints import Constraints
 from runtime import inspect_placement, load_sharded, place_inputs
 from runtime.inspection import verify_placement
 from vlm.internlm_xcomposer2.processing import XComposer2Processor
+from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
 from vlm.model import find_model
 from vlm.planning import plan_for
 
@@ -254,3 +257,59 @@ def test_without_a_gpu_nothing_silently_runs_on_the_cpu(tiny_xcomposer2: Path) -
 def test_a_plan_read_back_from_text_is_the_same_plan(tiny_xcomposer2: Path) -> None:
     plan = plan_for(find_model(str(tiny_xcomposer2)), Machine.parse("2x2GiB"), FLOAT32)
     assert Plan.from_yaml(plan.to_yaml()) == plan
+
+
+def test_generation_works_in_inference_mode(tiny_xcomposer2: Path, inputs: dict[str, torch.Tensor]) -> None:
+    expected = tokens(whole(tiny_xcomposer2), inputs)
+    split = on_virtual_gpus(tiny_xcomposer2, "3x2GiB")
+    with torch.inference_mode():
+        assert tokens(split, inputs) == expected
+
+
+def test_tied_embeddings_are_loaded_tied(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "untied", family="internlm2", dtype="float32", num_layers=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for shard in folder.glob("*.safetensors"):
+        weights = {name: weight for name, weight in load_file(shard).items() if name != "output.weight"}
+        save_file(weights, shard)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["output.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = on_virtual_gpus(folder, "2x2GiB")
+    assert model.output.weight is model.model.tok_embeddings.weight
+    assert model.plan.device_map["output"] == model.plan.device_map["model.tok_embeddings"]
+    inputs = XComposer2Processor.from_folder(folder)("What is in the garden?")
+    assert tokens(model, inputs) == tokens(whole(folder), inputs)
+
+
+def test_a_folder_without_architectures_takes_pictures_too(tiny_xcomposer2: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_xcomposer2, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert XComposer2Processor.from_folder(folder).num_image_tokens == 16
+
+
+def test_a_device_that_a_plan_leaves_empty_may_be_too_small_for_anything(tiny_xcomposer2: Path) -> None:
+    model = on_virtual_gpus(tiny_xcomposer2, "0.5GiB,2GiB")
+    assert set(model.plan.device_map.values()) == {1}
+
+
+def test_a_second_virtual_model_says_what_is_in_the_way(tiny_xcomposer2: Path) -> None:
+    model = on_virtual_gpus(tiny_xcomposer2, "2x2GiB")
+    with pytest.raises(MachineError, match=r"virtual GPUs are in use: .* for instance an earlier model \(del model\)"):
+        on_virtual_gpus(tiny_xcomposer2, "2x2GiB")
+    assert model.plan
+
+
+def test_a_damaged_generation_config_is_named(tiny_xcomposer2: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_xcomposer2, tmp_path / "copy"))
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"generation_config\.json cannot be used"):
+        whole(folder)
+
+
+def test_a_cache_dtype_that_would_not_be_obeyed_is_refused(tiny_xcomposer2: Path) -> None:
+    with pytest.raises(ConstraintError, match="kv_dtype float16 with dtype float32"):
+        whole(tiny_xcomposer2, replace(FLOAT32, kv_dtype="float16"))

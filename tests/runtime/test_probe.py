@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner.errors import MachineError
+from planner.machine import gpu_presets
 from runtime.probe import GpuReading, machine_of, read_gpus
 
 GIB = 2**30
@@ -27,6 +28,12 @@ def test_free_memory_is_planned_and_known_cards_bring_their_speed() -> None:
     first, second = machine_of(PAIR, {}).devices
     assert (first.memory_bytes, first.kind, first.uuid) == (20 * GIB, "rtx4090", "GPU-0000-aaaa")
     assert second.bandwidth_bytes_per_s == 1008e9
+
+
+@pytest.mark.parametrize("kind", sorted(gpu_presets()))
+def test_every_known_gpu_is_recognised_by_the_names_nvml_gives_it(kind: str) -> None:
+    for name in gpu_presets()[kind]["nvml"]:
+        assert machine_of([card(0, name=name)], {}).devices[0].kind == kind
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Torch-free: planning reads only this. The modelling code is checked against it, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import SourceError
@@ -76,7 +76,8 @@ class InternLM2Facts:
 
         Raises: SourceError naming the key, its value and the rule.
         """
-        architecture = str((config.get("architectures") or [""])[0])
+        named = config.get("architectures")
+        architecture = str(named[0]) if isinstance(named, list) and named else ""
         heads = _positive(config, "num_attention_heads", where)
         facts = cls(
             architecture=architecture,
@@ -125,11 +126,6 @@ class InternLM2Facts:
                 shapes[f"{name}.Plora_A.weight"] = (self.plora_rank, fan_in)
                 shapes[f"{name}.Plora_B.weight"] = (fan_out, self.plora_rank)
         return {**shapes, "attention_norm.weight": (width,), "ffn_norm.weight": (width,)}
-
-
-def text_only(facts: InternLM2Facts) -> InternLM2Facts:
-    """The language model of `facts` alone."""
-    return replace(facts, architecture="InternLM2ForCausalLM", vision=None)
 
 
 def _vision_shapes(vision: VisionFacts) -> dict[str, Shape]:
@@ -193,6 +189,10 @@ def _refuse_contradictions(facts: InternLM2Facts, config: Mapping[str, Any], whe
             f"num_attention_heads {facts.num_attention_heads} is not a multiple of num_key_value_heads "
             f"{facts.num_key_value_heads}"
         )
+    rope = config.get("rope_scaling")
+    kind = rope.get("type", rope.get("rope_type")) if isinstance(rope, Mapping) else rope
+    if kind not in (None, "dynamic", "default"):
+        problems.append(f"rope_scaling type is {kind!r}; InternLM2 has 'dynamic' or none")
     if config.get("bias"):
         problems.append("bias is true; no InternLM2 model has biases in its language model")
     if problems:

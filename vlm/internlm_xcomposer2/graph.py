@@ -15,7 +15,7 @@ from planner.graph import INPUTS, Flow, Fusion, ModuleGraph, ModuleGroup, Phase,
 from planner.paths import contains
 from planner.polynomial import Polynomial, constant, variable
 from planner.workload import ITEMSIZE
-from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts, Shape, VisionFacts
+from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts, VisionFacts
 
 BATCH = variable("batch")
 IMAGES = BATCH * variable("images")
@@ -276,6 +276,3 @@ class _Builder:
 def _chain(tensor: str, names: list[str], phase: Phase, num_bytes: Polynomial) -> Iterator[Flow]:
     for producer, consumer in zip(names, names[1:], strict=False):
         yield Flow(tensor=tensor, producer=producer, consumers=(consumer,), phase=phase, num_bytes=num_bytes)
-
-
-__all__ = ["Precision", "build_graph", "Shape"]

@@ -19,6 +19,7 @@ from vlm.internlm_xcomposer2.chat import IMAGE_PLACEHOLDER, Message, chat_messag
 from vlm.internlm_xcomposer2.facts import InternLM2Facts
 from vlm.internlm_xcomposer2.image_processing import ImageInput, pixel_values
 from vlm.internlm_xcomposer2.tokenization import InternLM2Tokenizer
+from vlm.model import find_model
 
 # The piece whose positions images take when config.json does not name another: no text can contain it by accident.
 IMAGE_PIECE = "[UNUSED_TOKEN_0]"
@@ -55,7 +56,10 @@ class XComposer2Processor:
         """
         file = Path(path) / "config.json"
         config = read_json(file)
-        facts = InternLM2Facts.from_config(config, str(file))
+        # Where the config names no class, the weights' names decide, as they do for planning.
+        facts = (
+            InternLM2Facts.from_config(config, str(file)) if "architectures" in config else find_model(str(path)).facts
+        )
         tokenizer = InternLM2Tokenizer.from_folder(path)
         if tokenizer.vocab_size > facts.vocab_size:
             raise SourceError(
