@@ -23,7 +23,7 @@ from planner.workload import Workload
 from runtime.proof import DryRun, dry_run
 from runtime.recorder import INPUTS_LABEL
 from runtime.steps import Steps, forward_and_decode
-from runtime.trace import Trace, trace_model
+from runtime.trace import Trace, prompt_of, trace_model
 from runtime.traced_graph import graph_of, home_bytes
 
 NEARLY = 1.02
@@ -94,8 +94,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def _sized(workload: Workload, inputs: Mapping[str, Any], model: nn.Module) -> Workload:
     """`workload` with the inputs' sizes; image positions count as prompt, as inputs do not tell them apart."""
-    ids = inputs.get("input_ids", next(iter(inputs.values())))
-    batch_size, num_tokens = (*ids.shape, 1)[:2]
+    batch_size, num_tokens = (*prompt_of(inputs).shape, 1)[:2]
     length = num_tokens + workload.new_tokens
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return replace(

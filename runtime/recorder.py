@@ -75,6 +75,7 @@ class Recorder:
         self.order: dict[int, None] = {}
         self.pixel_storages: frozenset[int] = frozenset()
         self.caches: list[dict[str, tuple[int, int]]] = []
+        self.windows: dict[str, int] = {}
 
     def enter(self, label: int) -> None:
         """A module of group `label` is about to run, its inputs not yet brought over."""
@@ -98,6 +99,9 @@ class Recorder:
         self.close_interval()
         found = {path: (tensor.device.index or 0, _num_bytes(tensor)) for path, tensor in _tensors_in(cache, "", set())}
         self.caches.append(found)
+        for index, layer in enumerate(getattr(cache, "layers", ())):
+            if getattr(layer, "is_sliding", False):
+                self.windows[f".layers.{index}"] = layer.sliding_window
 
     def mismatched(self, problem: DeviceMismatchError, tensors: Sequence[torch.Tensor]) -> None:
         """Write down who met where; the operation goes on."""

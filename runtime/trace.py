@@ -54,6 +54,7 @@ class Trace:
     record: Recorder
     weight_bytes: tuple[int, ...]
     num_rounds: int
+    batch_size: int
 
 
 def trace_model(model: nn.Module, inputs: Mapping[str, Any], steps: Steps) -> Trace:
@@ -61,6 +62,7 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any], steps: Steps) -> Tr
 
     Raises: RuntimeError when merging does not settle, which would be our own mistake; whatever the forward raises.
     """
+    batch_size = len(prompt_of(inputs))
     groups = _first_groups(find_atoms(model))
     merges: list[Merge] = []
     for num_rounds in range(1, MAX_ROUNDS + 1):
@@ -74,10 +76,20 @@ def trace_model(model: nn.Module, inputs: Mapping[str, Any], steps: Steps) -> Tr
                 record=record,
                 weight_bytes=weight_bytes,
                 num_rounds=num_rounds,
+                batch_size=batch_size,
             )
         merges += [Merge(groups=tuple(_names(groups[label]) for label in labels), cause=c) for labels, c in record.met]
         groups = _merged(groups, (labels for labels, _ in record.met))
     raise RuntimeError(f"merging did not settle in {MAX_ROUNDS} rounds: {record.met[-1][1]}")
+
+
+def prompt_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The input whose shape says batch and length: the token ids, or else the first tensor."""
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    found = inputs.get("input_ids", tensors[0] if tensors else None)
+    if not isinstance(found, torch.Tensor) or not found.dim():
+        raise ValueError(f"the inputs {list(inputs)} hold no tensor of a batch: give the forward's keyword arguments")
+    return found
 
 
 def is_shape_only(model: nn.Module) -> bool:

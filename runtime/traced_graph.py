@@ -9,7 +9,7 @@ import networkx as nx
 from torch import nn
 
 from planner.graph import INPUTS, Flow, Fusion, Interval, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role
-from planner.polynomial import constant
+from planner.polynomial import constant, variable
 from runtime.atoms import tensors_of
 from runtime.recorder import INPUTS_LABEL, Sent
 from runtime.trace import Trace
@@ -45,6 +45,7 @@ class _Builder:
         self.ids = {label: self.trace.groups[label][0].name for label in self.labels}
         self._vision = _vision_labels(self.trace, _label_of_module(self.trace, self.model, "get_input_embeddings"))
         self._kv = _cache_growth(self.trace)
+        self._copied = _largest_growth(self.trace)
 
     def group(self, label: int) -> ModuleGroup:
         atoms = self.trace.groups[label]
@@ -53,7 +54,7 @@ class _Builder:
         first: Phase = "encode" if label in self._vision else "prefill"
         costs: dict[str, PhaseCost | None] = {
             first: _cost(work.get((label, "prefill"))),
-            "decode": _cost(work.get((label, "decode"))),
+            "decode": _cost(work.get((label, "decode")), self._copied.get(label, 0) // self.trace.batch_size),
         }
         return ModuleGroup(
             id=self.ids[label],
@@ -62,7 +63,7 @@ class _Builder:
             module_list=atoms[0].module_list,
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in parameters.values()),
             num_parameters=sum(prod(t.shape) for t in parameters.values() if isinstance(t, nn.Parameter)),
-            kv_bytes_per_position=self._kv.get(label, (0, 0))[0],
+            kv_bytes_per_position=self._kv.get(label, (0, 0))[0] // self.trace.batch_size,
             buffer_bytes=constant(self._kv.get(label, (0, 0))[1]),
             **costs,
         )
@@ -183,16 +184,41 @@ def _vision_labels(trace: Trace, embedding: int | None) -> frozenset[int]:
 
 
 def _cache_growth(trace: Trace) -> dict[int, tuple[int, int]]:
-    """Per label, cache bytes that one more position adds, and those that do not grow."""
-    if len(trace.record.caches) < 2:
-        return {}
-    before, after = trace.record.caches[:2]
+    """Per label, cache bytes that one more position of the whole batch adds, and those that do not grow.
+
+    A sliding window's cache grows until it is full, and is charged full.
+    """
     growth: dict[int, tuple[int, int]] = {}
-    for path, (label, num_bytes) in after.items():
-        added = num_bytes - before.get(path, (label, 0))[1]
+    for label, num_bytes, added, window in _cache_tensors(trace):
         per_position, fixed = growth.get(label, (0, 0))
-        growth[label] = (per_position + max(added, 0), fixed + (num_bytes if added <= 0 else 0))
+        if added <= 0:
+            growth[label] = (per_position, fixed + num_bytes)
+        elif window is not None:
+            growth[label] = (per_position, fixed + added * window)
+        else:
+            growth[label] = (per_position + added, fixed)
     return growth
+
+
+def _largest_growth(trace: Trace) -> dict[int, int]:
+    """Per label, bytes that one more position adds to the cache tensor that grows most.
+
+    A cache that grows by concatenation holds that tensor twice while it makes the new one.
+    """
+    grown: dict[int, int] = {}
+    for label, _, added, window in _cache_tensors(trace):
+        if window is None:
+            grown[label] = max(grown.get(label, 0), added)
+    return grown
+
+
+def _cache_tensors(trace: Trace) -> Iterator[tuple[int, int, int, int | None]]:
+    """Label, bytes after a decode step, bytes that the step added, and the sliding window, of every cache tensor."""
+    if len(trace.record.caches) > 1:
+        before, after = trace.record.caches[:2]
+        for path, (label, num_bytes) in after.items():
+            window = trace.record.windows.get(path.rpartition(".")[0])
+            yield label, num_bytes, num_bytes - before.get(path, (label, 0))[1], window
 
 
 def _cache_bytes(trace: Trace) -> Mapping[tuple[int, Phase], int]:
@@ -205,8 +231,9 @@ def _cache_bytes(trace: Trace) -> Mapping[tuple[int, Phase], int]:
     return found
 
 
-def _cost(work: object) -> PhaseCost | None:
+def _cost(work: object, copied_bytes_per_position: int = 0) -> PhaseCost | None:
     flops, read = getattr(work, "flops", None), getattr(work, "read_bytes", None)
     if flops is None or read is None:
         return None
-    return PhaseCost(flops=constant(flops), read_bytes=constant(read))
+    copied = copied_bytes_per_position * variable("batch") * variable("positions")
+    return PhaseCost(flops=constant(flops), read_bytes=constant(read), moments_bytes=(copied,))

@@ -125,7 +125,7 @@ def _clone(tensor: torch.Tensor, *, memory_format: torch.memory_format | None = 
 
 
 def _layer_norm(*args: Any) -> tuple[torch.Tensor, ...]:
-    """Contiguous whatever its input, as on the CPU and CUDA."""
+    """Contiguous whatever its input is; the meta function keeps strides of dimensions of size 1."""
     normalised, *statistics = torch.ops.aten.native_layer_norm(*args)
     return torch.empty_like(normalised, memory_format=torch.contiguous_format), *statistics
 
@@ -138,18 +138,11 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arg
 
 
 def _convolution(tensor: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-    """Channels last when either operand is, as cudnn_conv_suggest_memory_format in ATen/native/ConvUtils.h."""
+    """Channels last when either operand is, by cudnn_conv_suggest_memory_format (torch's issue 171622)."""
     composed: torch.Tensor = torch.ops.aten.convolution(tensor, weight, *args[:7])
     formats = [suggested_memory_format(operand) for operand in (tensor, weight)]
     channels_last = [layout for layout in formats if layout != torch.contiguous_format]
     return torch.empty_like(composed, memory_format=channels_last[0] if channels_last else torch.contiguous_format)
-
-
-def _batch_norm(tensor: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    """Without training the saved statistics are empty, as in batch_norm_cuda in ATen/native/cuda/Normalization.cu."""
-    normalised, *saved = torch.ops.aten.native_batch_norm(tensor, *args)
-    is_training = args[4]
-    return normalised, *(statistics if is_training else statistics.new_empty(0) for statistics in saved)
 
 
 def _grouped_mm(
@@ -281,7 +274,6 @@ OWN_SHAPES: Mapping[str, Callable[..., Any]] = {
     "convolution": _convolution,
     "_convolution": _convolution,
     "clone": _clone,
-    "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
     "masked_select": torch.empty_like,
     **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_"), _index_put),
