@@ -141,7 +141,8 @@ def _verdict(plan: Plan) -> Iterator[Text]:
     solver = plan.solver
     yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
     if plan.proof.get("status") == "proven":
-        yield Text(f"Proven by a run without weights: {plan.proof.get('workload_class')}.")
+        yield Text.assemble("Proven to run: ", plan.proof.get("workload_class", ""), ".")
+        yield Text(f"  hooks: {plan.proof.get('hooks')}; {plan.proof.get('versions')}", style="dim")
     else:
         yield Text("Not proven by a run: --prove runs it at full size on virtual GPUs.", style="yellow")
 

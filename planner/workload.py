@@ -48,3 +48,10 @@ class Workload:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: known are {', '.join(known)}")
+
+
+def workload_class(workload: Workload) -> str:
+    """The kind of run that a proof covers: what meets what depends on this, and not on sizes."""
+    images = "with images" if workload.num_images else "text only"
+    padding = "padded batch" if workload.batch_size > 1 else "one sequence"
+    return f"{images}, {padding}, {workload.attention} attention, dynamic cache, one beam"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
-from planner.errors import MachineError
+from planner.errors import MachineError, PlanMismatchError
+from planner.paths import owner
 from planner.plan import DeviceKey, Plan, device_key
 from runtime.virtual import virtual_gpus
 
@@ -37,6 +40,17 @@ def torch_devices(plan: Plan, devices: Devices) -> dict[DeviceKey, torch.device]
         return dict(zip(keys, map(torch.device, devices), strict=True))
     except RuntimeError as problem:
         raise MachineError(f"devices {list(devices)} are not all torch devices: {problem}") from problem
+
+
+def refuse_uncovered(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Raise PlanMismatchError when a device map leaves a parameter or buffer without a device."""
+    named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    uncovered = [name for name in named if owner(name, device_map) is None]
+    if uncovered:
+        raise PlanMismatchError(
+            f"the device map gives no device to {len(uncovered)} tensors: {', '.join(uncovered[:3])}. "
+            "Every parameter and buffer needs an entry for itself or a module around it."
+        )
 
 
 def _real_gpus(plan: Plan) -> list[torch.device]:

@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from planner.errors import MachineError, PlanMismatchError
+from planner.errors import MachineError
 from planner.paths import owner
 from planner.plan import DeviceKey, Plan
 from runtime.boundary import attach_boundaries
-from runtime.devices import Devices, torch_devices
+from runtime.devices import Devices, refuse_uncovered, torch_devices
 from runtime.virtual import virtual_gpus
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,13 +28,8 @@ def shard(
     Raises: PlanMismatchError when a tensor has no device; MachineError when the devices are not there.
     """
     device_map = _torch_map(plan_or_device_map, devices)
+    refuse_uncovered(model, device_map)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    uncovered = [name for name, _ in named if owner(name, device_map) is None]
-    if uncovered:
-        raise PlanMismatchError(
-            f"the device map gives no device to {len(uncovered)} tensors: {', '.join(uncovered[:3])}. "
-            "Every parameter and buffer needs an entry for itself or a module around it."
-        )
     for name, tensor in named:
         _move(model, name, tensor, device_map[owner(name, device_map) or ""])
     attach_boundaries(model, device_map, _home(plan_or_device_map, device_map))

@@ -20,7 +20,7 @@ from planner.paths import owner
 from planner.plan import DeviceKey, Plan
 from planner.workload import Workload
 from runtime.boundary import attach_boundaries
-from runtime.devices import Devices, torch_devices
+from runtime.devices import Devices, refuse_uncovered, torch_devices
 from runtime.inspection import guard_first_forward, verify_placement
 from runtime.probe import probe_machine
 from vlm.checkpoint import TensorHeader
@@ -87,7 +87,7 @@ def place_weights(
 
     Raises: PlanMismatchError when the map leaves a weight or buffer without a device.
     """
-    _refuse_uncovered(skeleton, device_map)
+    refuse_uncovered(skeleton, device_map)
     names_of = _names_by_parameter(skeleton)
     for name, weight in weights:
         module, leaf = _parent(skeleton, name)
@@ -181,16 +181,6 @@ def _initialise_optional(skeleton: nn.Module, device_map: Mapping[str, torch.dev
         shape, dtype = module._parameters[leaf].shape, module._parameters[leaf].dtype
         value = torch.ones(shape, dtype=dtype) if leaf == "weight" else torch.zeros(shape, dtype=dtype)
         module._parameters[leaf] = nn.Parameter(value.to(device_map[_key(name, device_map)]), requires_grad=False)
-
-
-def _refuse_uncovered(skeleton: nn.Module, device_map: Mapping[str, torch.device]) -> None:
-    named = [name for name, _ in (*skeleton.named_parameters(), *skeleton.named_buffers())]
-    uncovered = [name for name in named if owner(name, device_map) is None]
-    if uncovered:
-        raise PlanMismatchError(
-            f"the device map gives no device to {len(uncovered)} tensors: {', '.join(uncovered[:3])}. "
-            "Every parameter and buffer needs an entry for itself or a module around it."
-        )
 
 
 def _key(name: str, device_map: Mapping[str, torch.device]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from planner.constraints import Constraints, units
-from planner.errors import ConstraintError
+from planner.errors import ConstraintError, UnsupportedModelError
 from planner.machine import Machine
 from planner.plan import ModelSummary, Plan, make_plan
 from planner.polynomial import Quantities
@@ -23,7 +23,7 @@ from planner.workload import Workload
 from runtime.proof import DryRun, dry_run
 from runtime.recorder import INPUTS_LABEL
 from runtime.steps import Steps, forward_and_decode
-from runtime.trace import Trace, prompt_of, trace_model
+from runtime.trace import prompt_of, trace_model
 from runtime.traced_graph import graph_of, home_bytes
 
 NEARLY = 1.02
@@ -43,11 +43,17 @@ def plan_model(
 
     The graph is traced from a run on `inputs`, whose sizes are the plan's; of `workload` only `new_tokens` and
     `max_model_len` count. The map is clean under accelerate's hooks, with inputs on device 0.
-    Raises: InfeasibleError when nothing fits; RuntimeError when the plan's own run meets a mismatch that its trace did
+    Raises: InfeasibleError when nothing fits; UnsupportedModelError when the model leaves a tensor on the host where it
+    meets others, which would fail on any GPU; RuntimeError when the plan's own run meets a mismatch that its trace did
     not show, which would be our mistake.
     """
     steps = steps or forward_and_decode()
     trace = trace_model(model, inputs, steps)
+    if trace.hazards:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} leaves a tensor on the host, which no placement mends: {trace.hazards[0]}. "
+            "Make it on the device of what it meets."
+        )
     graph = graph_of(trace, model, type(model).__name__)
     asked = _sized(workload or Workload(), inputs, model)
     pins = {atom.name: 0 for atom in trace.groups[INPUTS_LABEL]}
@@ -65,7 +71,7 @@ def plan_model(
         dtype=graph.dtype,
     )
     plan = make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model), home=0)
-    return replace(plan, proof=_proof(trace, dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
+    return replace(plan, proof=_proof(dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
 
 
 def _solution(problem: Problem, pins: Mapping[str, int], *, split_vision: bool) -> Solution:
@@ -83,7 +89,9 @@ def _solution(problem: Problem, pins: Mapping[str, int], *, split_vision: bool) 
     positions = problem.quantities.positions
     costs_little = NEARLY * (near.extra_positions + positions) >= free.extra_positions + positions
     as_many = len(near.stages) == len(free.stages)
-    return replace(near, bound=free.bound) if near.status == "OPTIMAL" and costs_little and as_many else free
+    if near.status == "INFEASIBLE" or not costs_little or not as_many:
+        return free
+    return near if near.extra_positions == free.extra_positions else replace(near, status="FEASIBLE", bound=free.bound)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -119,7 +127,7 @@ def _quantities(workload: Workload) -> Quantities:
     )
 
 
-def _proof(trace: Trace, run: DryRun, inputs: Mapping[str, Any]) -> dict[str, str]:
+def _proof(run: DryRun, inputs: Mapping[str, Any]) -> dict[str, str]:
     if not run.ok:
         raise RuntimeError(f"the plan's own run met what its trace did not show: {run.mismatches[0]}")
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if hasattr(value, "shape"))

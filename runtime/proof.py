@@ -19,6 +19,7 @@ from planner.graph import Phase
 from planner.paths import owner
 from planner.plan import Plan
 from runtime.boundary import attach_boundaries
+from runtime.devices import refuse_uncovered
 from runtime.mismatch import Mismatch, calling_place, unique
 from runtime.relocate import relocate
 from runtime.steps import Steps, forward_and_decode
@@ -69,17 +70,20 @@ def dry_run(
     *,
     hooks: Hooks = "ours",
     steps: Steps | None = None,
+    home: int | None = None,
 ) -> DryRun:
     """The report of running a copy of `model` on `inputs`, placed by a plan or a device map.
+
+    `home` is the GPU of inputs and results; None is the plan's, or the one that accelerate takes.
 
     Raises: PlanMismatchError when the map leaves a tensor without a device, or holds something that is not a GPU
     index; whatever the model's forward raises.
     """
     device_map = _indices(plan_or_device_map)
-    num_devices = max(device_map.values()) + 1
+    num_devices = max(*device_map.values(), home or 0) + 1
     gpus = virtual_gpus([UNLIMITED_BYTES] * num_devices, shape_only=is_shape_only(model))
     input_indices = _input_indices(plan_or_device_map, hooks)
-    home = _home(input_indices, device_map)
+    home = _home(input_indices, device_map) if home is None else home
     twin = _placed(model, device_map, gpus)
     watch = _Watch(twin)
     _attach(twin, device_map, gpus, hooks, home)
@@ -190,13 +194,7 @@ def _brought(value: Any, device: torch.device) -> Any:
 
 
 def _placed(model: nn.Module, device_map: Mapping[str, int], gpus: VirtualGpus) -> nn.Module:
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    uncovered = [name for name in names if owner(name, device_map) is None]
-    if uncovered:
-        raise PlanMismatchError(
-            f"the device map gives no device to {len(uncovered)} tensors: {', '.join(uncovered[:3])}. "
-            "Every parameter and buffer needs an entry for itself or a module around it."
-        )
+    refuse_uncovered(model, device_map)
     return make_twin(model, lambda name: gpus.devices[device_map[owner(name, device_map) or ""]])
 
 

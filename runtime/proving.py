@@ -16,9 +16,11 @@ import torch
 import transformers
 from torch import nn
 
+from planner.constraints import Constraints, units
 from planner.errors import ConstraintError, InfeasibleError
+from planner.machine import Machine
 from planner.plan import Plan
-from planner.workload import Workload
+from planner.workload import Workload, workload_class
 from runtime.proof import DryRun, Hooks, dry_run
 from runtime.steps import Watch
 from vlm.internlm_xcomposer2.workload_inputs import workload_inputs
@@ -39,13 +41,13 @@ def prove(model: Model, plan: Plan) -> Plan:
         run = rehearse(model, plan, hooks)
         if not run.ok:
             raise InfeasibleError(f"the plan does not run under the hooks {hooks!r}: {run.mismatches[0]}")
-    workload_class = _workload_class(plan.workload)
-    question = [plan.fingerprint, plan.device_map, workload_class, _versions()]
+    covered = workload_class(plan.workload)
+    question = [plan.fingerprint, plan.device_map, covered, installed_versions()]
     proof = {
         "status": "proven",
         "hooks": ", ".join(HOOKS),
-        "workload_class": workload_class,
-        "versions": _versions(),
+        "workload_class": covered,
+        "versions": installed_versions(),
         "fingerprint": hashlib.sha256(repr(question).encode()).hexdigest()[:16],
     }
     return replace(plan, proof=proof)
@@ -75,13 +77,24 @@ def _prefill_and_decode(model: nn.Module, inputs: Mapping[str, Any], watch: Watc
     return results
 
 
-def _workload_class(workload: Workload) -> str:
-    """What the proof covers: sizes do not decide what meets, the kind of run does."""
-    images = "with images" if workload.num_images else "text only"
-    padding = "padded batch" if workload.batch_size > 1 else "one sequence"
-    return f"{images}, {padding}, {workload.attention} attention, dynamic cache, greedy or sampled"
-
-
-def _versions() -> str:
+def installed_versions() -> str:
+    """What a proof was made with."""
     torch_version = torch.__version__.partition("+")[0]
     return f"torch {torch_version}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
+
+
+def rehearse_apart(model: Model, workload: Workload, hooks: Hooks) -> DryRun:
+    """The dry run of the finest placement: every unit of the graph on a device of its own, the inputs on another.
+
+    What meets here lies together in every placement that keeps the graph's hard fusions; one clean run therefore proves
+    them all, for this kind of workload.
+    """
+    resolved = model.resolved(workload)
+    graph = model.graph(resolved)
+    apart = units(graph, Machine.parse("1GiB"), Constraints(split_vision=True))
+    device_map = {
+        module: index for index, unit in enumerate(apart) for i in unit.members for module in graph.groups[i].modules
+    }
+    skeleton = build_skeleton(model, dtype=getattr(torch, resolved.dtype), attention=resolved.attention)
+    inputs = workload_inputs(skeleton.config, resolved)
+    return dry_run(skeleton, inputs, device_map, hooks=hooks, steps=_prefill_and_decode, home=len(apart))

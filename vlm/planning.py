@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.constraints import Constraints
 from planner.machine import Machine
 from planner.plan import ModelSummary, Plan, make_plan
@@ -10,6 +12,7 @@ from planner.shortfall import infeasible
 from planner.solve import chain_dp
 from planner.workload import Workload
 from vlm.model import Model
+from vlm.proofs import stored_proof
 
 
 def plan_for(
@@ -33,4 +36,5 @@ def plan_for(
         weight_bytes=graph.weight_bytes,
         dtype=graph.dtype,
     )
-    return make_plan(problem, solution, model=summary, workload=resolved, fingerprint=model.fingerprint)
+    plan = make_plan(problem, solution, model=summary, workload=resolved, fingerprint=model.fingerprint)
+    return replace(plan, proof=stored_proof(model.fingerprint, resolved))

@@ -301,9 +301,10 @@ def test_a_plan_file_has_the_documented_keys_in_their_order(pair: Plan) -> None:
     assert list(content["memory"][0]) == [f"{part}_bytes" for part in parts]
 
 
-def test_a_plan_says_that_it_is_unproven_and_has_no_times(pair: Plan) -> None:
+def test_a_plan_of_a_known_model_says_what_its_proof_covers_and_has_no_times(pair: Plan) -> None:
     content = pair.to_dict()
-    assert content["proof"] == {"status": "unproven"}
+    assert (content["proof"]["status"], content["proof"]["hooks"]) == ("proven", "ours, accelerate")
+    assert content["proof"]["workload_class"] == "with images, one sequence, sdpa attention, dynamic cache, one beam"
     assert set(content["estimate"].values()) == {None}
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner import ConstraintError, InfeasibleError, Machine, Workload
-from runtime.proving import NUM_DECODE_STEPS, prove, rehearse
+from runtime.proving import HOOKS, NUM_DECODE_STEPS, installed_versions, prove, rehearse, rehearse_apart
+from vlm.catalogue import catalogue_names
 from vlm.model import find_model
 from vlm.planning import plan_for
 
@@ -54,16 +57,35 @@ def test_activations_of_a_real_size_plan_are_predicted_within_two_percent(
         assert measured - ROUNDING_BYTES <= predicted <= CLOSE * measured
 
 
-def test_a_proof_names_what_it_covers() -> None:
-    model = find_model("internlm2-1_8b")
+def test_a_model_of_unknown_size_is_proven_by_a_run_of_its_own(tiny_internlm2: Path) -> None:
+    model = find_model(str(tiny_internlm2))
     plan = plan_for(model, Machine.parse("2x8GiB"))
     assert plan.proof == {"status": "unproven"}
     proof = prove(model, plan).proof
     assert (proof["status"], proof["hooks"]) == ("proven", "ours, accelerate")
-    assert proof["workload_class"].startswith("text only, one sequence, sdpa attention")
+    assert proof["workload_class"] == "text only, one sequence, sdpa attention, dynamic cache, one beam"
     assert proof == prove(model, plan).proof
     other = prove(model, plan_for(model, Machine.parse("8GiB,6GiB"))).proof
     assert other["fingerprint"] != proof["fingerprint"]
+
+
+@pytest.mark.parametrize("name", ["internlm-xcomposer2-vl-7b", "internlm2-20b"])
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 2, "attention": "eager"}], ids=["plain", "padded eager"])
+def test_a_proof_on_file_holds_for_the_installed_versions(name: str, changes: dict[str, Any]) -> None:
+    model = find_model(name)
+    plan = plan_for(model, Machine.parse("3x24GiB"), Workload(**changes))
+    assert plan.proof["status"] == "proven"
+    small = Workload(prompt_tokens=16, new_tokens=2, **changes)
+    assert all(rehearse_apart(model, small, hooks).ok for hooks in HOOKS)
+    if installed_versions().startswith("torch 2.13.0, transformers 5.23.0"):
+        assert plan.proof["versions"] == installed_versions()
+
+
+def test_every_catalogue_model_is_proven_for_every_kind_of_workload() -> None:
+    for name, batch_size, attention in product(catalogue_names(), (1, 2), ("sdpa", "eager")):
+        chosen: Any = attention
+        workload = Workload(batch_size=batch_size, attention=chosen)
+        assert plan_for(find_model(name), Machine.parse("4x80GiB"), workload).proof["status"] == "proven"
 
 
 def test_a_plan_that_does_not_run_is_not_proven() -> None:

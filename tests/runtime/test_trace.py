@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import Machine, MachineError, PlanMismatchError
+from planner import Machine, MachineError, PlanMismatchError, UnsupportedModelError
 from runtime import dry_run, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
 from runtime.steps import forward_and_decode
@@ -152,6 +152,8 @@ def test_a_tensor_made_without_a_device_is_a_hazard_that_no_map_mends() -> None:
     model, inputs = ForgetsDevice().eval(), {"hidden": torch.randn(2, 4)}
     trace = trace_model(model, inputs, forward_and_decode())
     assert [(hazard.op, hazard.kind, hazard.modules[1]) for hazard in trace.hazards] == [("add", "host", "the host")]
+    with pytest.raises(UnsupportedModelError, match="ForgetsDevice leaves a tensor on the host, .*: add at .*arange"):
+        plan_model(model, inputs, machine=Machine.parse("2x2GiB"))
     run = dry_run(model, inputs, {"": 0})
     assert [mismatch.kind for mismatch in run.mismatches] == ["host"]
 

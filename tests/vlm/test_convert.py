@@ -366,6 +366,8 @@ def test_a_target_without_a_parent_is_refused(source: Path, tmp_path: Path) -> N
 
 def test_a_stopped_conversion_leaves_nothing(source: Path, target: Path) -> None:
     save_sharded(source, {"a": torch.ones(2)}, {"b": torch.ones(2)})
+    # a shell starts what it runs in the background with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, target, lambda shard: signal.raise_signal(signal.SIGINT))
     assert list(target.parent.iterdir()) == [source]
