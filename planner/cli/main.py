@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from planner.errors import PlannerError
+from planner.errors import PlannerError, SourceError
 
 COMMANDS = {
     "plan": "place a model's modules on GPUs (the default command)",
@@ -16,6 +16,9 @@ COMMANDS = {
     "machine": "print the GPUs of this machine, or what --gpus means",
     "models": "list the models that are known by name",
 }
+
+TORCH_EXTRA = ("torch", "transformers", "accelerate", "sentencepiece", "PIL")
+"""What the `torch` extra installs: planning does without, by import name."""
 
 _USAGE = """\
 usage: plan-devices MODEL [--gpus SPEC | --machine FILE] [options]
@@ -28,7 +31,7 @@ commands:
 {commands}
 
 `plan-devices plan --help` lists the planning options. Exit codes: 0 ok; 1 does not fit; 2 bad arguments;
-3 model, checkpoint, machine or plan unreadable, unknown, hostile or mismatching; 130 interrupted.
+3 model, checkpoint, machine or plan unreadable, unknown, hostile or mismatching, or torch missing; 130 interrupted.
 """
 
 
@@ -42,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PlannerError as problem:
         print(f"plan-devices: {problem}", file=sys.stderr)
         return problem.exit_code
+    except ModuleNotFoundError as problem:
+        if problem.name not in TORCH_EXTRA:
+            raise
+        print(f"plan-devices: this needs {problem.name}: pip install 'plan-devices[torch]'", file=sys.stderr)
+        return SourceError.exit_code
     except KeyboardInterrupt:
         print("plan-devices: interrupted", file=sys.stderr)
         return 130

@@ -309,3 +309,15 @@ def test_a_reader_that_leaves_before_a_long_plan_is_written_causes_no_traceback(
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait(timeout=60)) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[MODEL, "--gpus", "2x24GiB", "--prove"], ["convert", "from", "to"]], ids=["prove", "convert"]
+)
+def test_a_command_that_needs_torch_says_how_to_get_it(arguments: list[str]) -> None:
+    without = "import sys; sys.modules.update(torch=None, accelerate=None); from planner.cli.main import main; "
+    command = [sys.executable, "-c", f"{without}sys.exit(main({arguments!r}))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 3
+    assert "pip install 'plan-devices[torch]'" in done.stderr
+    assert "Traceback" not in done.stderr
