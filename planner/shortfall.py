@@ -5,7 +5,7 @@ Every piece of advice was found by solving again, so following it gives a plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from planner.errors import InfeasibleError
@@ -19,8 +19,11 @@ from planner.units import format_bytes, shorthand
 MAX_EXTRA_DEVICES = 8
 
 
-def infeasible(problem: Problem, solution: Solution) -> InfeasibleError:
-    """The error to raise for an INFEASIBLE solution, with shortfalls and advice as attributes."""
+def infeasible(problem: Problem, solution: Solution, tried: Iterable[str] = ()) -> InfeasibleError:
+    """The error to raise for an INFEASIBLE solution, with shortfalls and advice as attributes.
+
+    `tried` are changes that fit, found by who knows the model.
+    """
     evaluation = evaluate(problem, solution.stages)
     short = {
         device.name: peak.total_bytes - device.memory_bytes
@@ -29,7 +32,7 @@ def infeasible(problem: Problem, solution: Solution) -> InfeasibleError:
     }
     pairs = zip(problem.machine.devices, evaluation.memory, strict=True)
     lines = [_device_line(device, peak) for device, peak in pairs if device.name in short]
-    advice = tuple(_advice(problem))
+    advice = tuple(dict.fromkeys((*tried, *_advice(problem))))
     lines += [
         f"Would fit: {'; or '.join(advice)}."
         if advice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -169,6 +170,9 @@ def followed(advice: str, spec: str, workload: Workload, *, more: int) -> tuple[
         return spec, replace(workload, new_tokens=int(match[1]) + more, max_model_len=None)
     if match := re.fullmatch(r"--batch-size (\d+)", advice):
         return spec, replace(workload, batch_size=int(match[1]) + more)
+    if match := re.fullmatch(r"--(dtype|attention) (\w+)", advice):
+        option: dict[str, Any] = {match[1]: match[2]}
+        return spec, workload if more else replace(workload, **option)
     match = re.fullmatch(r"(\d+) more devices? of (\S+)", advice)
     assert match is not None, advice
     count = int(match[1]) - more
@@ -187,8 +191,8 @@ DOES_NOT_FIT: dict[str, tuple[str, Workload, set[str]]] = {
     "small devices": ("2x6GiB", Workload(), {"more"}),
     "one named kind": ("t4", Workload(new_tokens=30_000), {"more"}),
     "a named kind and a batch": ("rtx4090", Workload(batch_size=40, new_tokens=2000), {"--batch-size", "more"}),
-    "float32": ("24GiB", Workload(dtype="float32"), {"more"}),
-    "eager attention": ("rtx4090", Workload(attention="eager", prompt_tokens=5000), {"more"}),
+    "float32": ("24GiB", Workload(dtype="float32"), {"--dtype", "more"}),
+    "eager attention": ("rtx4090", Workload(attention="eager", prompt_tokens=5000), {"--attention", "more"}),
 }
 
 
