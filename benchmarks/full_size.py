@@ -104,7 +104,7 @@ def _mrope(*section: int, theta: float, **rest: Any) -> dict[str, Any]:
 
 
 HEADERS = "total of the checkpoint's safetensors headers, as remembered from the hub's page"
-STUDY = "the study of planners, section 3.1: published counts of typed configs"
+STUDY = "published counts of typed configs"
 SO400M = _vision(1152, 4304, 27, 16, patch_size=14)
 """The SigLIP encoder of 400M parameters."""
 QWEN2_5_TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16}
@@ -132,7 +132,7 @@ ENTRIES = (
         name="Qwen2.5-VL-72B",
         model_type="qwen2_5_vl",
         published=136.7 * GIB / 2,
-        source="the study of planners, section 3.2: 136.7 GiB in bfloat16. The text part is the class's default",
+        source="136.7 GiB in bfloat16. The text part is the class's default",
         text=_mrope(16, 24, 24, theta=1e6),
         vision=QWEN2_5_TOWER | {"intermediate_size": 3456, "out_hidden_size": 8192},
         image_size=QWEN_PX,
