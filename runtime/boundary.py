@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from planner.paths import owner
 from runtime.atoms import find_atoms
-from runtime.relocate import relocate
+from runtime.relocate import relocate, skip_keys
 
 Copies = dict[int, tuple["weakref.ref[torch.Tensor]", int, torch.Tensor]]
 
@@ -62,13 +62,12 @@ def attach_boundaries(
     Keys are FQNs; those of bare tensors need no hook. Arguments that the model's
     `_skip_keys_device_placement` names, its caches, stay where they are.
     """
-    skipped = getattr(model, "_skip_keys_device_placement", None) or ()
-    skip_keys = frozenset({skipped} if isinstance(skipped, str) else skipped)
+    skipped = skip_keys(model)
     modules = dict(model.named_modules())
     couriers = {device: Courier(device) for device in dict.fromkeys(device_map.values())}
     names = dict.fromkeys((*device_map, *(atom.name for atom in find_atoms(model))))
     handles = [
-        modules[name].register_forward_pre_hook(_arrival_hook(couriers[device], skip_keys), with_kwargs=True)
+        modules[name].register_forward_pre_hook(_arrival_hook(couriers[device], skipped), with_kwargs=True)
         for name in names
         if name in modules and (device := device_map.get(owner(name, device_map) or "")) is not None
     ]
@@ -76,10 +75,10 @@ def attach_boundaries(
     return handles
 
 
-def _arrival_hook(courier: Courier, skip_keys: frozenset[str]) -> Any:
+def _arrival_hook(courier: Courier, skipped: frozenset[str]) -> Any:
     def bring_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         brought = {
-            name: value if name in skip_keys else courier.bring(value, shared=True) for name, value in kwargs.items()
+            name: value if name in skipped else courier.bring(value, shared=True) for name, value in kwargs.items()
         }
         return courier.bring(args, shared=False), brought
 

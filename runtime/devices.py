@@ -13,6 +13,9 @@ from planner.paths import owner
 from planner.plan import DeviceKey, Plan, device_key
 from runtime.virtual import virtual_gpus
 
+UNLIMITED_BYTES = 2**60
+"""Capacity of virtual GPUs that only observe."""
+
 Devices = str | Sequence[str | torch.device] | None
 
 
@@ -26,18 +29,31 @@ def torch_devices(plan: Plan, devices: Devices) -> dict[DeviceKey, torch.device]
     if len(plan.machine.hosts) > 1:
         raise MachineError(f"the plan spans hosts {', '.join(plan.machine.hosts)}: one process loads one host's part")
     keys = [device_key(plan.machine, position) for position in range(len(plan.machine.devices))]
+    # Context and reserve hold no tensors; a device that they use up may still be one that the plan leaves empty.
+    left = [max(1, d.memory_bytes - d.context_bytes - d.reserve_bytes) for d in plan.machine.devices]
+    chosen = choose_devices([device.index for device in plan.machine.devices], devices, left, "the plan")
+    if len(chosen) != len(keys):
+        raise MachineError(f"devices lists {len(chosen)} devices, the plan has {len(keys)}: give one for each")
+    return dict(zip(keys, chosen, strict=True))
+
+
+def choose_devices(
+    indices: Sequence[int], devices: Devices, capacities_bytes: Sequence[int], who: str
+) -> Sequence[torch.device]:
+    """What `devices` means for GPUs of these indices; virtual ones get these capacities. `who` needs them.
+
+    Raises: MachineError when a GPU is not there, virtual ones are in use, or a name is no device's.
+    """
     if devices is None:
-        return dict(zip(keys, _real_gpus(plan), strict=True))
+        return _real_gpus(indices, who)
     if devices == "cpu":
-        return dict.fromkeys(keys, torch.device("cpu"))
+        return [torch.device("cpu")] * len(indices)
     if devices == "virtual":
-        return dict(zip(keys, _virtual_gpus(plan), strict=True))
+        return _virtual_gpus(capacities_bytes)
     if isinstance(devices, str):
         raise MachineError(f"devices={devices!r} is unknown: give None (real GPUs), 'virtual', 'cpu' or a list")
-    if len(devices) != len(keys):
-        raise MachineError(f"devices lists {len(devices)} devices, the plan has {len(keys)}: give one for each")
     try:
-        return dict(zip(keys, map(torch.device, devices), strict=True))
+        return [torch.device(device) for device in devices]
     except RuntimeError as problem:
         raise MachineError(f"devices {list(devices)} are not all torch devices: {problem}") from problem
 
@@ -53,22 +69,20 @@ def refuse_uncovered(model: nn.Module, device_map: Mapping[str, Any]) -> None:
         )
 
 
-def _real_gpus(plan: Plan) -> list[torch.device]:
+def _real_gpus(indices: Sequence[int], who: str) -> list[torch.device]:
     found = torch.cuda.device_count()
-    missing = [device.name for device in plan.machine.devices if device.index >= found]
+    missing = [f"cuda:{index}" for index in indices if index >= found]
     if missing:
         raise MachineError(
-            f"the plan needs {', '.join(missing)}, and torch sees {found} CUDA GPUs here. "
-            "Pass devices='virtual' to try the plan without them, or devices='cpu' to run on the CPU."
+            f"{who} needs {', '.join(missing)}, and torch sees {found} CUDA GPUs here. "
+            "Pass devices='virtual' to try it without them, or devices='cpu' to run on the CPU."
         )
-    return [torch.device("cuda", device.index) for device in plan.machine.devices]
+    return [torch.device("cuda", index) for index in indices]
 
 
-def _virtual_gpus(plan: Plan) -> Sequence[torch.device]:
-    """Virtual GPUs with what remains of each planned device after context and reserve, which hold no tensors."""
-    left = (device.memory_bytes - device.context_bytes - device.reserve_bytes for device in plan.machine.devices)
+def _virtual_gpus(capacities_bytes: Sequence[int]) -> Sequence[torch.device]:
     try:
-        return virtual_gpus([max(1, num_bytes) for num_bytes in left]).devices
+        return virtual_gpus(capacities_bytes).devices
     except RuntimeError as problem:
         raise MachineError(
             f"virtual GPUs are in use: {problem}, for instance an earlier model (del model)"

@@ -12,8 +12,7 @@ from planner.errors import MachineError
 from planner.paths import owner
 from planner.plan import DeviceKey, Plan
 from runtime.boundary import attach_boundaries
-from runtime.devices import Devices, refuse_uncovered, torch_devices
-from runtime.virtual import virtual_gpus
+from runtime.devices import UNLIMITED_BYTES, Devices, choose_devices, refuse_uncovered, torch_devices
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,8 +22,7 @@ def shard(
 ) -> Module:
     """`model` itself, tensors moved to their devices and boundaries hooked; inputs go to the map's first device.
 
-    `devices` is as for `load_sharded`; a device map of integers takes it too, with virtual GPUs as large as its tensors
-    need.
+    `devices` is as for `load_sharded`; a device map of integers takes it too, with virtual GPUs of any size.
     Raises: PlanMismatchError when a tensor has no device; MachineError when the devices are not there.
     """
     device_map = _torch_map(plan_or_device_map, devices)
@@ -56,26 +54,11 @@ def _torch_map(given: Plan | Mapping[str, DeviceKey | str | torch.device], devic
     if isinstance(given, Plan):
         places = torch_devices(given, devices)
         return {name: places[key] for name, key in given.device_map.items()}
-    indices = sorted({value for value in given.values() if isinstance(value, int)})
-    if devices == "virtual":
-        chosen = dict(enumerate(virtual_gpus([2**60] * (max(indices, default=0) + 1)).devices))
-    elif devices == "cpu":
-        chosen = dict.fromkeys(indices, torch.device("cpu"))
-    elif devices is None:
-        chosen = {index: torch.device("cuda", index) for index in indices}
-        _refuse_missing(indices)
-    else:
-        chosen = dict(enumerate(map(torch.device, devices)))
+    indices = range(max((value for value in given.values() if isinstance(value, int)), default=-1) + 1)
+    chosen = choose_devices(indices, devices, [UNLIMITED_BYTES] * len(indices), "the device map") if indices else ()
+    if len(chosen) < len(indices):
+        raise MachineError(f"devices lists {len(chosen)} devices, the device map's integers go up to {indices[-1]}")
     return {name: chosen[value] if isinstance(value, int) else torch.device(value) for name, value in given.items()}
-
-
-def _refuse_missing(indices: list[int]) -> None:
-    found = torch.cuda.device_count()
-    if indices and indices[-1] >= found:
-        raise MachineError(
-            f"the device map needs cuda:{indices[-1]}, and torch sees {found} CUDA GPUs here. "
-            "Pass devices='virtual' to try the map without them, or devices='cpu' to run on the CPU."
-        )
 
 
 def _home(given: object, device_map: Mapping[str, torch.device]) -> torch.device:

@@ -60,11 +60,11 @@ def load_sharded(
     device_map = {name: places[key] for name, key in plan.device_map.items()}
     try:
         place_weights(skeleton, _weights(model.checkpoint.tensors), device_map)
+        return _attached(skeleton, plan, places, device_map, verify=verify)
     except BaseException:
         # The exception's frames hold the skeleton: empty it, so that every device is free when the caller sees it.
         skeleton.to("meta")
         raise
-    return _attached(skeleton, plan, places, device_map, verify=verify)
 
 
 def place_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

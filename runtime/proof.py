@@ -19,7 +19,7 @@ from planner.graph import Phase
 from planner.paths import owner
 from planner.plan import Plan
 from runtime.boundary import attach_boundaries
-from runtime.devices import refuse_uncovered
+from runtime.devices import UNLIMITED_BYTES, refuse_uncovered
 from runtime.mismatch import Mismatch, calling_place, unique
 from runtime.relocate import relocate
 from runtime.steps import Steps, forward_and_decode
@@ -29,7 +29,6 @@ from runtime.virtual import DeviceMismatchError, VirtualGpus, virtual_gpus
 from runtime.virtual.process import PROCESS
 
 Hooks = Literal["ours", "accelerate"]
-UNLIMITED_BYTES = 2**60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

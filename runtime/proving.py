@@ -57,10 +57,7 @@ def rehearse(model: Model, plan: Plan, hooks: Hooks) -> DryRun:
     """The dry run of a plan's own workload at full size."""
     if len(plan.machine.hosts) > 1:
         raise ConstraintError(f"a plan over hosts {', '.join(plan.machine.hosts)} cannot be proven in one process")
-    dtype = getattr(torch, plan.workload.dtype)
-    skeleton = build_skeleton(model, dtype=dtype, attention=plan.workload.attention)
-    inputs = workload_inputs(skeleton.config, plan.workload)
-    return dry_run(skeleton, inputs, plan, hooks=hooks, steps=_prefill_and_decode)
+    return _run(model, plan.workload, plan, hooks)
 
 
 def _prefill_and_decode(model: nn.Module, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
@@ -95,6 +92,12 @@ def rehearse_apart(model: Model, workload: Workload, hooks: Hooks) -> DryRun:
     device_map = {
         module: index for index, unit in enumerate(apart) for i in unit.members for module in graph.groups[i].modules
     }
-    skeleton = build_skeleton(model, dtype=getattr(torch, resolved.dtype), attention=resolved.attention)
-    inputs = workload_inputs(skeleton.config, resolved)
-    return dry_run(skeleton, inputs, device_map, hooks=hooks, steps=_prefill_and_decode, home=len(apart))
+    return _run(model, resolved, device_map, hooks, home=len(apart))
+
+
+def _run(
+    model: Model, workload: Workload, placement: Plan | Mapping[str, int], hooks: Hooks, home: int | None = None
+) -> DryRun:
+    skeleton = build_skeleton(model, dtype=getattr(torch, workload.dtype), attention=workload.attention)
+    inputs = workload_inputs(skeleton.config, workload)
+    return dry_run(skeleton, inputs, placement, hooks=hooks, steps=_prefill_and_decode, home=home)

@@ -6,8 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 Move = Callable[[torch.Tensor], torch.Tensor]
+
+
+def skip_keys(model: nn.Module) -> frozenset[str]:
+    """Keyword arguments that transformers says to leave where they are: the model's caches."""
+    named = getattr(model, "_skip_keys_device_placement", None) or ()
+    return frozenset({named} if isinstance(named, str) else named)
 
 
 def relocate(value: Any, move: Move) -> Any:

@@ -18,16 +18,16 @@ from torch import nn
 
 from planner.paths import owner
 from runtime.atoms import Atom, find_atoms
+from runtime.devices import UNLIMITED_BYTES
 from runtime.mismatch import Mismatch, unique
 from runtime.recorder import INPUTS_LABEL, Recorder, storage_id
-from runtime.relocate import relocate
+from runtime.relocate import relocate, skip_keys
 from runtime.steps import Steps
 from runtime.twin import make_twin
 from runtime.virtual import virtual_gpus
 from runtime.virtual.process import PROCESS
 
 MAX_ROUNDS = 8
-UNLIMITED_BYTES = 2**60
 MAX_LABELS = 127
 """Device indices are 8-bit signed."""
 
@@ -174,19 +174,18 @@ def _run(
 
 def _hook(twin: nn.Module, groups: list[tuple[Atom, ...]], recorder: Recorder) -> None:
     """As accelerate would: every atom's module gets its inputs on its own device, the root returns on the inputs'."""
-    skipped = getattr(twin, "_skip_keys_device_placement", None) or ()
-    skip_keys = {skipped} if isinstance(skipped, str) else set(skipped)
+    skipped = skip_keys(twin)
     for label, group in enumerate(groups):
         for atom in group:
             if atom.is_module:
                 module = twin.get_submodule(atom.name)
-                module.register_forward_pre_hook(_arrival(module, label, skip_keys, recorder), with_kwargs=True)
+                module.register_forward_pre_hook(_arrival(module, label, skipped, recorder), with_kwargs=True)
                 module.register_forward_hook(lambda *_: recorder.leave(), always_call=True)
     home = torch.device("vgpu", INPUTS_LABEL)
     twin.register_forward_hook(lambda module, args, output: relocate(output, lambda tensor: tensor.to(home)))
 
 
-def _arrival(module: nn.Module, label: int, skip_keys: set[str], recorder: Recorder) -> Any:
+def _arrival(module: nn.Module, label: int, skipped: frozenset[str], recorder: Recorder) -> Any:
     device = torch.device("vgpu", label)
     positions = list(inspect.signature(module.forward).parameters)
 
@@ -199,7 +198,7 @@ def _arrival(module: nn.Module, label: int, skip_keys: set[str], recorder: Recor
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recorder.enter(label)
         moved = tuple(bring(positions[min(i, len(positions) - 1)], value) for i, value in enumerate(args))
-        return moved, {name: value if name in skip_keys else bring(name, value) for name, value in kwargs.items()}
+        return moved, {name: value if name in skipped else bring(name, value) for name, value in kwargs.items()}
 
     return hook
 

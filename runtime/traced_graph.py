@@ -11,7 +11,7 @@ from torch import nn
 from planner.graph import INPUTS, Flow, Fusion, Interval, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role
 from planner.polynomial import constant, variable
 from runtime.atoms import tensors_of
-from runtime.recorder import INPUTS_LABEL, Sent
+from runtime.recorder import INPUTS_LABEL, Sent, Work
 from runtime.trace import Trace
 
 
@@ -43,7 +43,9 @@ class _Builder:
         self.model = model
         self.labels = _execution_order(self.trace)
         self.ids = {label: self.trace.groups[label][0].name for label in self.labels}
-        self._vision = _vision_labels(self.trace, _label_of_module(self.trace, self.model, "get_input_embeddings"))
+        self._embedding = _label_of_module(self.trace, self.model, "get_input_embeddings")
+        self._head = _label_of_module(self.trace, self.model, "get_output_embeddings")
+        self._vision = _vision_labels(self.trace, self._embedding)
         self._kv = _cache_growth(self.trace)
         self._copied = _largest_growth(self.trace)
 
@@ -71,9 +73,9 @@ class _Builder:
     def _role(self, label: int) -> Role:
         if label in self._vision:
             return "vision_encoder"
-        if label == _label_of_module(self.trace, self.model, "get_input_embeddings"):
+        if label == self._embedding:
             return "embedding"
-        if label == _label_of_module(self.trace, self.model, "get_output_embeddings"):
+        if label == self._head:
             return "head"
         return "decoder_layer" if self.trace.groups[label][0].module_list else "norm"
 
@@ -104,8 +106,7 @@ class _Builder:
     def fusions(self) -> Iterator[Fusion]:
         """The default that the vision path stays with the token embedding; what must be together is one group."""
         yield from self._bare_tensors()
-        embedding = _label_of_module(self.trace, self.model, "get_input_embeddings")
-        together = [label for label in self.labels if label in self._vision or label == embedding]
+        together = [label for label in self.labels if label in self._vision or label == self._embedding]
         if len(together) > 1:
             yield Fusion(
                 op="vision path",
@@ -231,9 +232,8 @@ def _cache_bytes(trace: Trace) -> Mapping[tuple[int, Phase], int]:
     return found
 
 
-def _cost(work: object, copied_bytes_per_position: int = 0) -> PhaseCost | None:
-    flops, read = getattr(work, "flops", None), getattr(work, "read_bytes", None)
-    if flops is None or read is None:
+def _cost(work: Work | None, copied_bytes_per_position: int = 0) -> PhaseCost | None:
+    if work is None:
         return None
     copied = copied_bytes_per_position * variable("batch") * variable("positions")
-    return PhaseCost(flops=constant(flops), read_bytes=constant(read), moments_bytes=(copied,))
+    return PhaseCost(flops=constant(work.flops), read_bytes=constant(work.read_bytes), moments_bytes=(copied,))

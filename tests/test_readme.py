@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,9 @@ def test_every_file_of_the_three_packages_is_in_the_tree() -> None:
     for package in ("planner", "vlm", "runtime"):
         for path in (ROOT / package).glob("*.py"):
             assert path.name == "__init__.py" or path.name in readme or path.name == "__main__.py", path
+
+
+def test_the_sweeps_count_is_the_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    clean, total = re.findall(r"\*\*(\d+) of (\d+)\*\*", (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8"))[0]
+    assert f"{clean} of the {total} image-text-to-text" in " ".join(readme.split())

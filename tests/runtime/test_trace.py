@@ -253,7 +253,7 @@ def test_a_map_of_integers_is_sharded_too() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="states what happens without a GPU")
 def test_sharding_without_a_gpu_says_so() -> None:
     model, _ = towers()
-    with pytest.raises(MachineError, match="the device map needs cuda:1, and torch sees 0 CUDA GPUs here"):
+    with pytest.raises(MachineError, match="the device map needs cuda:0, cuda:1, and torch sees 0 CUDA GPUs here"):
         shard(model, {"left": 0, "right": 0, "shift": 0, "head": 1})
 
 
@@ -289,3 +289,21 @@ def test_inputs_without_a_tensor_are_refused() -> None:
     model, _ = towers()
     with pytest.raises(ValueError, match=r"the inputs \['left'\] hold no tensor of a batch"):
         trace_model(model, {"left": 3}, forward_and_decode())
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [("tpu", "devices='tpu' is unknown"), (["cpu"], "devices lists 1 devices, the device map's integers go up to 1")],
+    ids=["unknown", "too few"],
+)
+def test_devices_that_do_not_fit_a_map_are_refused(devices: Any, message: str) -> None:
+    model, _ = towers()
+    with pytest.raises(MachineError, match=message):
+        shard(model, {"left": 0, "right": 0, "shift": 0, "head": 1}, devices=devices)
+
+
+def test_the_token_embedding_lies_beside_the_inputs_where_that_costs_little() -> None:
+    model, _ = tiny_model("llava")
+    plan = plan_model(model, example_inputs(model), machine=Machine.parse("2x24GiB"))
+    assert plan.device_map["model.language_model.embed_tokens"] == 0
+    assert plan.solver.status == ("OPTIMAL" if plan.solver.value == plan.solver.bound else "FEASIBLE")
