@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from planner.errors import PlanMismatchError
+from planner.paths import contains
 from planner.units import format_bytes
 
 
@@ -36,7 +37,7 @@ class ModulePlacement:
 
 
 def inspect_placement(model: nn.Module) -> tuple[ModulePlacement, ...]:
-    """Every entry of a loaded model's device map beside where its parameters and buffers are.
+    """Every entry of a loaded model's device map, modules and bare tensors, beside where its tensors are.
 
     Raises: PlanMismatchError for a model that was not placed by a map.
     """
@@ -62,7 +63,7 @@ def guard_first_forward(model: nn.Module) -> None:
     handles = [
         module.register_forward_pre_hook(_check_arrival(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if module._parameters
+        if next(module.parameters(recurse=False), None) is not None
     ]
     handles.append(model.register_forward_hook(lambda *_: _remove(handles), always_call=True))
 
@@ -87,8 +88,8 @@ def _check_arrival(name: str) -> Any:
 
 
 def _placement(model: nn.Module, name: str, device: torch.device) -> ModulePlacement:
-    module = model.get_submodule(name)
-    tensors = [*module.parameters(), *module.buffers()]
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = [tensor for path, tensor in named if contains(name, path)]
     return ModulePlacement(
         module=name,
         planned=device,

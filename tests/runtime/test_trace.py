@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from planner import Machine, MachineError, PlanMismatchError, UnsupportedModelError
-from runtime import dry_run, plan_model, shard
+from runtime import dry_run, inspect_placement, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
+from runtime.inspection import guard_first_forward
 from runtime.steps import forward_and_decode
 from runtime.trace import Trace, trace_model
 from runtime.traced_graph import graph_of
@@ -307,3 +308,17 @@ def test_the_token_embedding_lies_beside_the_inputs_where_that_costs_little() ->
     plan = plan_model(model, example_inputs(model), machine=Machine.parse("2x24GiB"))
     assert plan.device_map["model.language_model.embed_tokens"] == 0
     assert plan.solver.status == ("OPTIMAL" if plan.solver.value == plan.solver.bound else "FEASIBLE")
+
+
+def test_a_bare_tensors_place_is_inspected_too() -> None:
+    model, _ = towers()
+    shard(model, {"left": 0, "right": 0, "shift": 1, "head": 1}, devices="virtual")
+    found = {placement.module: placement for placement in inspect_placement(model)}
+    assert all(placement.ok for placement in found.values())
+    assert (found["shift"].num_bytes, str(found["shift"].found[0])) == (8 * 4, "vgpu:1")
+
+
+def test_a_norm_without_weights_is_watched_over_without_fault() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))
+    guard_first_forward(model)
+    assert model(torch.zeros(1, 4)).shape == (1, 4)
