@@ -3,7 +3,7 @@
     python benchmarks/full_size.py                  all models; writes docs/full-size.md
     python benchmarks/full_size.py llava qwen2.5    models whose names contain one of these; writes nothing
 
-Each model is built on the meta device in bfloat16 and must have the parameter count that was published for it. Its
+Each model is built on the meta device in bfloat16 from the catalogue's config. Its
 prefill is 512 text tokens and one image; all atoms lie on virtual GPUs of their own, and then the groups do. A model
 has a process of its own, so that memory is its own and a failure stays its own.
 """
@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,216 +32,60 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from planner import InfeasibleError, Machine, Plan
-from planner.units import GIB, MIB
+from planner.units import MIB
 from runtime.atoms import find_atoms
 from runtime.planning import plan_model
 from runtime.proof import dry_run
 from runtime.steps import Steps, Watch, forward_and_decode
 from runtime.trace import Trace, trace_model
 from runtime.virtual.process import PROCESS
+from vlm.catalogue import lookup
 from vlm.inputs import FIRST_PLAIN_TOKEN, cache_inputs, example_inputs
+from vlm.model import find_model
+from vlm.skeleton import build_skeleton
 
 TABLE = Path(__file__).parents[1] / "docs" / "full-size.md"
 MACHINES = ("1x24GiB", "2x24GiB", "4x24GiB", "8x24GiB", "8x80GiB")
 """Smallest first."""
 TEXT_TOKENS = 512
 REPETITIONS = 2
-TOLERANCE = 0.005
-"""How far a count may be from the published one: those are rounded, some to three digits."""
-NEEDED_S = {"LLaVA-1.5-7B": (0.8, 2.5), "Qwen2.5-VL-72B": (3.0, 8.0)}
+NEEDED_S = {"llava-1.5-7b-hf": (0.8, 2.5), "qwen2.5-vl-72b-instruct": (3.0, 8.0)}
 """What one pass and a complete trace are meant to take at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A published model: what its config has that the class's default has not, and the count it must come to.
+    """A catalogue model and the picture that it is run on.
 
-    `source` says where the count is from. `num_images` above 1 are the tiles of one image. `image_size` is (height,
-    width) in pixels, for models that take any.
+    `num_images` above 1 are the tiles of one image. `image_size` is (height, width) in pixels, where any will do.
     """
 
     name: str
-    model_type: str
-    published: float
-    source: str
-    text: Mapping[str, Any] = field(default_factory=dict)
-    vision: Mapping[str, Any] = field(default_factory=dict)
-    top: Mapping[str, Any] = field(default_factory=dict)
     num_images: int = 1
     image_size: tuple[int, int] | None = None
 
 
-def _text(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **rest: Any) -> dict[str, Any]:
-    """The five sizes that every decoder's config names alike."""
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        **rest,
-    }
-
-
-def _vision(hidden: int, inner: int, layers: int, heads: int, **rest: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **rest,
-    }
-
-
-def _mrope(*section: int, theta: float, **rest: Any) -> dict[str, Any]:
-    """Rotary angles by time, row and column."""
-    return {
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta, "mrope_section": list(section), **rest},
-    }
-
-
-HEADERS = "total of the checkpoint's safetensors headers, as remembered from the hub's page"
-STUDY = "published counts of typed configs"
-SO400M = _vision(1152, 4304, 27, 16, patch_size=14)
-"""The SigLIP encoder of 400M parameters."""
-QWEN2_5_TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16}
 QWEN_PX = (448, 616)
 """1,408 patches of 14 pixels."""
 
 ENTRIES = (
-    Entry(
-        name="LLaVA-1.5-7B",
-        model_type="llava",
-        published=7.06e9,
-        source=f"{STUDY}. The class's default is this model but for 64 more rows of the vocabulary",
-        text={"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096},
-    ),
-    Entry(
-        name="Qwen2.5-VL-7B",
-        model_type="qwen2_5_vl",
-        published=8.29e9,
-        source=STUDY,
-        text=_text(3584, 18944, 28, 28, 4, **_mrope(16, 24, 24, theta=1e6)),
-        vision=QWEN2_5_TOWER | {"intermediate_size": 3420, "out_hidden_size": 3584},
-        image_size=QWEN_PX,
-    ),
-    Entry(
-        name="Qwen2.5-VL-72B",
-        model_type="qwen2_5_vl",
-        published=136.7 * GIB / 2,
-        source="136.7 GiB in bfloat16. The text part is the class's default",
-        text=_mrope(16, 24, 24, theta=1e6),
-        vision=QWEN2_5_TOWER | {"intermediate_size": 3456, "out_hidden_size": 8192},
-        image_size=QWEN_PX,
-    ),
-    Entry(
-        name="InternVL3-8B",
-        model_type="internvl",
-        published=7.94e9,
-        source=f"{STUDY}. The class's default tower with the biases that InternViT-300M has, Qwen2.5-7B's layers",
-        text=_text(3584, 18944, 28, 28, 4, model_type="qwen2", vocab_size=151674),
-        vision={"attention_bias": True},
-        top={"tie_word_embeddings": False},
-        num_images=5,
-    ),
-    Entry(
-        name="InternVL3-78B",
-        model_type="internvl",
-        published=78.41e9,
-        source=f"{HEADERS}: InternViT-6B before Qwen2.5-72B's layers",
-        text=_text(8192, 29568, 80, 64, 8, model_type="qwen2", vocab_size=151674),
-        vision=_vision(3200, 12800, 45, 25, use_qk_norm=True, norm_type="rms_norm"),
-        top={"tie_word_embeddings": False},
-        num_images=5,
-    ),
-    Entry(
-        name="Gemma-3-27B",
-        model_type="gemma3",
-        published=27.4e9,
-        source=f"{STUDY}; embedding and head are tied",
-        text=_text(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024),
-        vision=SO400M | {"image_size": 896, "vision_use_head": False},
-    ),
-    Entry(
-        name="Llama-3.2-Vision-11B",
-        model_type="mllama",
-        published=10.64e9,
-        source=f"{STUDY}. The class's default but for the image size, which the checkpoint has at 560",
-        vision={"image_size": 560},
-    ),
-    Entry(
-        name="Llama-3.2-Vision-90B",
-        model_type="mllama",
-        published=88.8e9,
-        source="Meta's model card: 90B (88.8B)",
-        text=_text(8192, 28672, 100, 64, 8, cross_attention_layers=list(range(3, 100, 5))),
-        vision={"image_size": 560},
-    ),
-    Entry(
-        name="GLM-4.1V-9B",
-        model_type="glm4v",
-        published=10.29e9,
-        source=f"{HEADERS}. The class's default, but for the rotary sections, which it leaves to the code",
-        text=_mrope(8, 12, 12, theta=1e4, partial_rotary_factor=0.5),
-        image_size=QWEN_PX,
-    ),
-    Entry(
-        name="Idefics3-8B",
-        model_type="idefics3",
-        published=8.46e9,
-        source=f"{HEADERS}: SigLIP before Llama-3-8B's layers",
-        text=_text(4096, 14336, 32, 32, 8, model_type="llama", vocab_size=128259, max_position_embeddings=131072),
-        vision=SO400M | {"image_size": 364},
-        num_images=5,
-    ),
-    Entry(
-        name="Mistral-Small-3.1-24B",
-        model_type="mistral3",
-        published=24.01e9,
-        source=f"{HEADERS}. The class's default, but for the head, which the checkpoint does not tie",
-        top={"tie_word_embeddings": False},
-        image_size=(784, 1120),
-    ),
-    Entry(
-        name="Qwen3-VL-8B",
-        model_type="qwen3_vl",
-        published=8.77e9,
-        source=f"{HEADERS}. The vision part is the class's default but for its output",
-        text=_text(4096, 12288, 36, 32, 8, **_mrope(24, 20, 20, theta=5e6, mrope_interleaved=True)),
-        vision={"out_hidden_size": 4096},
-        image_size=(512, 704),
-    ),
-    Entry(
-        name="GLM-4.5V",
-        model_type="glm4v_moe",
-        published=107.71e9,
-        source=f"{HEADERS}; 106B in its name. The class's default lacks the head width of 128",
-        text={"head_dim": 128, "vocab_size": 151552, **_mrope(8, 12, 12, theta=1e4, partial_rotary_factor=0.5)},
-        vision={"intermediate_size": 10944},
-        image_size=QWEN_PX,
-    ),
-    Entry(
-        name="Llama-4-Scout-17B-16E",
-        model_type="llama4",
-        published=108.64e9,
-        source=f"{HEADERS}; 109B on Meta's model card. The text part is the class's default",
-        vision={"hidden_size": 1408, "image_size": 336, "vision_output_dim": 4096},
-        num_images=5,
-    ),
-    Entry(
-        name="Qwen3-VL-235B-A22B",
-        model_type="qwen3_vl_moe",
-        published=235.67e9,
-        source="235.09B of Qwen3-235B-A22B, whose layers these are, and the 0.58B of the tower above",
-        text=_text(4096, 12288, 94, 64, 4, **_mrope(24, 20, 20, theta=5e6, mrope_interleaved=True))
-        | {"moe_intermediate_size": 1536, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
-        | {"vocab_size": 151936},
-        vision={"out_hidden_size": 4096},
-        image_size=(512, 704),
-    ),
+    Entry(name="llava-1.5-7b-hf"),
+    Entry(name="qwen2.5-vl-7b-instruct", image_size=QWEN_PX),
+    Entry(name="qwen2.5-vl-72b-instruct", image_size=QWEN_PX),
+    Entry(name="internvl3-8b-hf", num_images=5),
+    Entry(name="internvl3-78b-hf", num_images=5),
+    Entry(name="gemma-3-27b-it"),
+    Entry(name="llama-3.2-11b-vision-instruct"),
+    Entry(name="llama-3.2-90b-vision-instruct"),
+    Entry(name="glm-4.1v-9b-thinking", image_size=QWEN_PX),
+    Entry(name="idefics3-8b-llama3", num_images=5),
+    Entry(name="mistral-small-3.1-24b-instruct-2503", image_size=(784, 1120)),
+    Entry(name="qwen3-vl-8b-instruct", image_size=(512, 704)),
+    Entry(name="glm-4.5v", image_size=QWEN_PX),
+    Entry(name="llama-4-scout-17b-16e-instruct", num_images=5),
+    Entry(name="qwen3-vl-235b-a22b-instruct", image_size=(512, 704)),
 )
 
 
@@ -290,17 +134,11 @@ COLUMNS = (
 
 
 def build(entry: Entry) -> nn.Module:
-    """The model on the meta device. Raises: AssertionError when its size is not the published one."""
-    parts = {"text_config": dict(entry.text), "vision_config": dict(entry.vision)}
-    # An empty part is not the same as none: it means the part's own default, not that of the whole.
-    given = {name: part for name, part in parts.items() if part}
-    config = CONFIG_MAPPING[entry.model_type](**given, **entry.top)
-    with torch.device("meta"):
-        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]._from_config(config, dtype=torch.bfloat16)
-    count = num_parameters(model)
-    off = abs(count - entry.published) / entry.published
-    assert off <= TOLERANCE, f"{count:,} parameters, published are {entry.published:,.0f} ({entry.source})"
-    return model.eval()
+    """The model on the meta device. Raises: AssertionError when its size is not the catalogue's."""
+    model = build_skeleton(find_model(entry.name), dtype=torch.bfloat16)
+    count, expected = num_parameters(model), lookup(entry.name).parameters
+    assert count == expected, f"{count:,} parameters, the catalogue says {expected:,}"
+    return model
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -465,8 +303,8 @@ def _table(rows: list[Row]) -> str:
     lines = [
         "# Models at full size",
         "",
-        "Written by `python benchmarks/full_size.py`. Models are built on the meta device from configs whose parameter",
-        f"counts match the published ones within {TOLERANCE:.1%}. The prefill has {TEXT_TOKENS} text tokens and one",
+        "Written by `python benchmarks/full_size.py`. Models are built on the meta device from the",
+        f"catalogue's configs. The prefill has {TEXT_TOKENS} text tokens and one",
         "image: 5 tiles for InternVL3, Idefics3 and Llama 4, about 448 x 616 pixels for Qwen and GLM, 784 x 1120 for",
         "Mistral, else the one size that the model takes.",
         "",
@@ -496,7 +334,7 @@ def _table(rows: list[Row]) -> str:
         "",
         "## Where the parameter counts come from",
         "",
-        *(f"- {entry.name}: {entry.published / 1e9:.2f}B, {entry.source}." for entry in ENTRIES),
+        *(f"- {entry.name}: {lookup(entry.name).source}." for entry in ENTRIES),
         "",
     ]
     return "\n".join(lines)

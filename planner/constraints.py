@@ -22,11 +22,13 @@ from planner.paths import contains
 class Constraints:
     """What the user asks for. `pins` maps a module's FQN to a device's position on the machine.
 
-    `split_vision` lifts the fusions that are defaults and keeps those that an op demands.
+    `split_vision` lifts the fusions that are defaults and keeps those that an op demands. With `all_devices` no device
+    may stay empty.
     """
 
     pins: Mapping[str, int] = field(default_factory=dict)
     split_vision: bool = False
+    all_devices: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,8 @@ def _merged(graph: ModuleGraph, fusions: Iterable[Fusion]) -> list[tuple[int, ..
 def _bound_groups(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> dict[int, tuple[str, int]]:
     """Group position to the pin that binds it: its name and device."""
     bound: dict[int, tuple[str, int]] = {}
-    for name, device in constraints.pins.items():
+    at_home = dict.fromkeys(graph.home.modules if graph.home else (), 0)
+    for name, device in (*at_home.items(), *constraints.pins.items()):
         if not 0 <= device < len(machine.devices):
             raise ConstraintError(
                 f"pin {name}={device} names a device that is not there: this machine has {len(machine.devices)}"

@@ -27,13 +27,14 @@ class PhaseCost:
     """What one group costs in one phase.
 
     `moments_bytes` are the bytes alive at the moments that may be the peak while the group runs, its input and output
-    included; which of them is depends on the workload. `flops` count a multiply-add as two; `read_bytes` are
-    activations and KV cache read, weights excluded.
+    included; which of them is depends on the workload. `flops` count a multiply-add as two; `read_bytes` are all
+    operands that its kernels read, weights, activations and KV cache alike; `launches` are kernels.
     """
 
     moments_bytes: tuple[Polynomial, ...] = ()
     flops: Polynomial = ZERO
     read_bytes: Polynomial = ZERO
+    launches: Polynomial = ZERO
 
     def transient_bytes(self, quantities: Quantities) -> int:
         """The largest of the moments under one workload."""
@@ -108,20 +109,42 @@ class Fusion:
 class Interval:
     """Activation bytes that a traced run held at once, between two module boundaries, by group.
 
-    `arrived` are bytes of copies that group `running` got from others: on a device that holds both there is no copy.
+    A group held the largest of its `held` moments; which of them that is depends on the workload. `arrived` are bytes
+    of copies that group `running` got from others: on a device that holds both there is no copy.
     """
 
     phase: Phase
     running: str | None
-    held: tuple[tuple[str, int], ...]
-    arrived: tuple[tuple[str, int], ...] = ()
+    held: tuple[tuple[str, tuple[Polynomial, ...]], ...]
+    arrived: tuple[tuple[str, Polynomial], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """That inputs and results are on the first device, as accelerate puts them, and what they hold there.
+
+    `modules` are the model's own bare tensors, which lie with them; `moments_bytes` leaves those out.
+    """
+
+    modules: tuple[str, ...] = ()
+    moments_bytes: tuple[Polynomial, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Values of one count of `Quantities` between which costs were traced, both included."""
+
+    variable: str
+    low: int
+    high: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleGraph:
     """A model as a placement problem sees it.
 
-    Activations are given by the groups' moments and lasting flows for any workload, or by `intervals` for one.
+    Activations are given by the groups' moments and lasting flows, or by the `intervals` of a trace. `valid` lists the
+    counts that a trace varied, `home` is None where every input goes to its consumer.
 
     Raises: ValueError for a group named twice, a module in two groups, or a flow or fusion of an unknown group.
     """
@@ -132,6 +155,8 @@ class ModuleGraph:
     flows: tuple[Flow, ...] = ()
     fusions: tuple[Fusion, ...] = ()
     intervals: tuple[Interval, ...] = ()
+    home: Home | None = None
+    valid: tuple[Range, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [group.id for group in self.groups]
@@ -152,6 +177,11 @@ class ModuleGraph:
             if group.id == group_id:
                 return group
         raise KeyError(group_id)
+
+    def extrapolated(self, quantities: Quantities) -> tuple[str, ...]:
+        """The counts that lie outside what was traced."""
+        values = {one.variable: getattr(quantities, one.variable) for one in self.valid}
+        return tuple(one.variable for one in self.valid if not one.low <= values[one.variable] <= one.high)
 
     @property
     def weight_bytes(self) -> int:

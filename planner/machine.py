@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache
@@ -34,6 +34,7 @@ _ITEM = re.compile(r"(?:(\d+)\s*x\s*)?(\S.*)")
 class Device:
     """One GPU. `memory_bytes` is free to us before context and reserve; None for a speed means unknown.
 
+    `flops_fraction` is the share of `flops_per_s` that large products reach, None where planner.timing's holds.
     Raises: ValueError for a negative size.
     """
 
@@ -46,6 +47,7 @@ class Device:
     reserve_bytes: int = RESERVE_BYTES
     bandwidth_bytes_per_s: float | None = None
     flops_per_s: float | None = None
+    flops_fraction: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.memory_bytes, self.context_bytes, self.reserve_bytes) < 0:
@@ -59,12 +61,25 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One directed connection between two devices, by name."""
+    """One directed connection between two devices, by name; no plan sends anything over one that is not `allowed`.
+
+    Raises: ValueError for a bandwidth that is no rate, a negative latency, or a link from a device to itself.
+    """
 
     source: str
     target: str
     bandwidth_bytes_per_s: float
     latency_s: float = 0.0
+    allowed: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bandwidth_bytes_per_s < inf or not 0 <= self.latency_s < inf:
+            raise ValueError(
+                f"the link {self.source} -> {self.target} has {self.bandwidth_bytes_per_s} bytes/s and "
+                f"{self.latency_s} s of latency: a rate is above zero, a latency zero or more"
+            )
+        if self.source == self.target:
+            raise ValueError(f"a link leads from {self.source} to itself: a device needs none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +101,10 @@ class Machine:
         unknown = {end for link in self.links for end in (link.source, link.target)} - set(names)
         if unknown:
             raise ValueError(f"links name unknown devices {', '.join(sorted(unknown))}: known are {', '.join(names)}")
+        ends = [(link.source, link.target) for link in self.links]
+        if len(set(ends)) < len(ends):
+            twice = sorted({f"{source} -> {target}" for source, target in ends if ends.count((source, target)) > 1})
+            raise ValueError(f"links given twice: {', '.join(twice)}")
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -143,9 +162,7 @@ class Machine:
         """Plain data that `from_dict` reads back to an equal machine."""
         content: dict[str, Any] = {"devices": [_device_to(device) for device in self.devices]}
         if self.links:
-            content["links"] = [
-                {field.name: getattr(link, field.name) for field in fields(link)} for link in self.links
-            ]
+            content["links"] = [asdict(link) for link in self.links]
         return content
 
     def with_overheads(self, *, context_bytes: int | None = None, reserve_bytes: int | None = None) -> Machine:
@@ -164,6 +181,13 @@ class Machine:
                 return position
         names = ", ".join(known.name if len(self.hosts) > 1 else str(known.index) for known in self.devices)
         raise ConstraintError(f"there is no device {device}: this machine has {names}")
+
+    def only(self, positions: Iterable[int]) -> Machine:
+        """The machine that is left when only the devices at these positions count, in their old order."""
+        kept = [device for position, device in enumerate(self.devices) if position in set(positions)]
+        names = {device.name for device in kept}
+        links = tuple(link for link in self.links if {link.source, link.target} <= names)
+        return Machine(devices=tuple(kept), links=links)
 
     def limited(self, max_memory: Mapping[int, int]) -> Machine:
         """The same machine where the devices at these positions have at most so many bytes.
@@ -252,6 +276,7 @@ _MEASURES = {
     "reserve": "reserve_bytes",
     "bandwidth": "bandwidth_bytes_per_s",
     "flops": "flops_per_s",
+    "flops_fraction": "flops_fraction",
 }
 
 
@@ -261,6 +286,10 @@ def _measure(value: Any, key: str, where: str) -> Any:
         if key == "flops":
             if not 0 < float(value) < inf:
                 raise ValueError(f"{value!r} is no rate: write FLOP/s, such as 165.2e12")
+            return float(value)
+        if key == "flops_fraction":
+            if not 0 < float(value) <= 1:
+                raise ValueError(f"{value!r} is no share: write a number above 0 and up to 1, such as 0.68")
             return float(value)
         return parse_bytes(str(value).removesuffix("/s"))
     except (TypeError, ValueError) as problem:
@@ -281,21 +310,30 @@ def _device_to(device: Device) -> dict[str, Any]:
 
 _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "flops": float,
+    "flops_fraction": float,
     "bandwidth": lambda value: f"{Decimal(round(value)) / 10**9:f}GB/s",
 }
 
 
 def _link_from(entry: Any, where: str) -> Link:
+    if isinstance(entry, dict):
+        _refuse_unknown_keys(entry, {field.name for field in fields(Link)}, where)
     try:
+        allowed = entry.get("allowed", True)
+        rate = entry["bandwidth_bytes_per_s"] if allowed else entry.get("bandwidth_bytes_per_s", 1)
+        if not isinstance(allowed, bool):
+            raise ValueError(f"allowed is {allowed!r}: write true or false")
         return Link(
             source=str(entry["source"]),
             target=str(entry["target"]),
-            bandwidth_bytes_per_s=float(entry["bandwidth_bytes_per_s"]),
+            bandwidth_bytes_per_s=float(rate),
             latency_s=float(entry.get("latency_s", 0.0)),
+            allowed=allowed,
         )
-    except (KeyError, TypeError, ValueError) as problem:
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise MachineError(
-            f"{where} is {entry!r}: a link has source and target (device names) and bandwidth_bytes_per_s"
+            f"{where} is {entry!r}: a link has source and target (device names) and bandwidth_bytes_per_s, or "
+            f"allowed: false ({problem})"
         ) from problem
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from planner.graph import PHASES, Flow, ModuleGraph, ModuleGroup
 from planner.machine import Device
-from planner.polynomial import Quantities
+from planner.polynomial import Polynomial, Quantities
 from planner.units import MIB
 
 WORKSPACE_BYTES = 32 * MIB + 20 * MIB
@@ -74,7 +74,7 @@ class GroupLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """A traced run's intervals, indexed by group position, so that any set of groups can be replayed on one device.
+    """A trace's intervals under one workload, by group position, so that any set of groups can be replayed on a device.
 
     `held` gives, per group, (interval, bytes) pairs; `arrived`, per group, (interval, other group, bytes) of copies
     between the two that a shared device does not make.
@@ -85,18 +85,21 @@ class Replay:
     arrived: tuple[tuple[tuple[int, int, int], ...], ...]
 
     @classmethod
-    def of(cls, graph: ModuleGraph) -> Replay:
+    def of(cls, graph: ModuleGraph, quantities: Quantities) -> Replay:
         """The replay of a graph's intervals; of none, nothing."""
         position = {group.id: i for i, group in enumerate(graph)}
+        value = _Evaluated(quantities)
         held: list[list[tuple[int, int]]] = [[] for _ in position]
         arrived: list[list[tuple[int, int, int]]] = [[] for _ in position]
         for index, interval in enumerate(graph.intervals):
-            for name, num_bytes in interval.held:
-                held[position[name]].append((index, num_bytes))
-            for source, num_bytes in interval.arrived:
+            for name, moments in interval.held:
+                num_bytes = max(map(value, moments))
+                if num_bytes > 0:
+                    held[position[name]].append((index, num_bytes))
+            for source, copied in interval.arrived:
                 ends = position[source], position[interval.running or source]
-                arrived[ends[0]].append((index, ends[1], num_bytes))
-                arrived[ends[1]].append((index, ends[0], num_bytes))
+                arrived[ends[0]].append((index, ends[1], value(copied)))
+                arrived[ends[1]].append((index, ends[0], value(copied)))
         return cls(num_intervals=len(graph.intervals), held=tuple(map(tuple, held)), arrived=tuple(map(tuple, arrived)))
 
 
@@ -117,11 +120,12 @@ class CostTable:
     def of(cls, graph: ModuleGraph, quantities: Quantities) -> CostTable:
         """The table of `graph` for the workload that `quantities` counts."""
         lasting = [flow for flow in graph.flows if flow.lasting]
+        value = _Evaluated(quantities)
         return cls(
-            loads=tuple(_load(group, lasting, quantities) for group in graph),
+            loads=tuple(_load(group, lasting, quantities, value) for group in graph),
             lasting=tuple((flow, flow.num_bytes(quantities)) for flow in lasting),
             positions=quantities.positions,
-            replay=Replay.of(graph),
+            replay=Replay.of(graph, quantities),
         )
 
     def on_device(self, members: Iterable[int], device: Device, base_bytes: int = 0) -> MemoryBreakdown:
@@ -208,14 +212,28 @@ class StageLoad:
         )
 
 
-def _load(group: ModuleGroup, lasting: list[Flow], quantities: Quantities) -> GroupLoad:
-    costs = [group.cost(phase) for phase in PHASES]
+class _Evaluated:
+    """Polynomials under one workload, each evaluated once: the layers of a model share theirs."""
+
+    def __init__(self, quantities: Quantities) -> None:
+        self._quantities = quantities
+        self._values: dict[int, int] = {}
+
+    def __call__(self, polynomial: Polynomial) -> int:
+        key = id(polynomial)
+        if key not in self._values:
+            self._values[key] = polynomial(self._quantities)
+        return self._values[key]
+
+
+def _load(group: ModuleGroup, lasting: list[Flow], quantities: Quantities, value: _Evaluated) -> GroupLoad:
+    moments = [cost.moments_bytes if (cost := group.cost(phase)) else () for phase in PHASES]
     return GroupLoad(
         group=group,
         weights_bytes=group.weight_bytes,
         kv_bytes_per_position=group.kv_bytes_per_position * quantities.batch,
-        buffers_bytes=group.buffer_bytes(quantities),
-        logits_bytes=group.logits_bytes(quantities),
-        transient_bytes=tuple(cost.transient_bytes(quantities) if cost else 0 for cost in costs),
+        buffers_bytes=value(group.buffer_bytes),
+        logits_bytes=value(group.logits_bytes),
+        transient_bytes=tuple(max(map(value, of_phase), default=0) for of_phase in moments),
         flows=tuple(i for i, flow in enumerate(lasting) if group.id in (flow.producer, *flow.consumers)),
     )

@@ -18,6 +18,7 @@ from planner.paths import collapse
 from planner.polynomial import Quantities
 from planner.problem import Problem, Solution, evaluate, longest_cache
 from planner.textfile import dump_mapping, parse_mapping, read_mapping, write_atomically
+from planner.timing import NS_PER_S, PlacementTimes
 from planner.workload import Workload
 
 FORMAT = "plan-devices/1"
@@ -59,7 +60,10 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverReport:
-    """How good the placement provably is: `objective` is extra KV positions per sequence, `bound` the best possible."""
+    """How good the placement provably is: the objective's value, and the best possible as `bound`.
+
+    Both are extra KV positions per sequence for `balance` and `fewest`, nanoseconds for `latency` and `throughput`.
+    """
 
     status: str
     objective: str
@@ -70,10 +74,31 @@ class SolverReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Seconds until the first token, and per further token of one stream; tokens per second of the whole batch.
+
+    None where the speed of a device is unknown. Decode is estimated at the answer's average cache length.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    tokens_per_s: float | None = None
+
+    @classmethod
+    def of(cls, times: PlacementTimes | None, batch_size: int) -> Estimate:
+        """The estimate that a placement's times amount to."""
+        if times is None:
+            return cls()
+        ttft_s, tpot_s = times.total.first_ns / NS_PER_S, times.total.token_ns / NS_PER_S
+        return cls(ttft_s=ttft_s, tpot_s=tpot_s, tokens_per_s=round(batch_size / tpot_s, 3) if tpot_s else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Where every module goes, what that costs, and what was asked.
 
     `placement` maps modules to devices in its shortest form; `device_map` is the same for a single host.
+    `extrapolated` names counts of the workload that lie outside what the costs were traced for.
     """
 
     model: ModelSummary
@@ -89,6 +114,8 @@ class Plan:
     solver: SolverReport
     fingerprint: str
     proof: Mapping[str, str] = field(default_factory=lambda: {"status": "unproven"})
+    estimate: Estimate = field(default_factory=Estimate)
+    extrapolated: tuple[str, ...] = ()
 
     @property
     def device_map(self) -> dict[str, DeviceKey]:
@@ -123,8 +150,8 @@ class Plan:
             "stages": [{"device": s.device, "modules": list(s.modules)} for s in self.stages],
             "boundaries": [asdict(boundary) for boundary in self.boundaries],
             "memory": {key: {**asdict(part), "total_bytes": part.total_bytes} for key, part in self.memory.items()},
-            "capacity": {"kv_tokens": self.kv_tokens},
-            "estimate": {"ttft_s": None, "tpot_s": None, "tokens_per_s": None},
+            "capacity": {"kv_tokens": self.kv_tokens, "extrapolated": list(self.extrapolated)},
+            "estimate": asdict(self.estimate),
             "solver": asdict(self.solver),
             "proof": dict(self.proof),
             "fingerprints": {"model": self.fingerprint},
@@ -189,12 +216,8 @@ def make_plan(
     model: ModelSummary,
     workload: Workload,
     fingerprint: str,
-    home: int | None = None,
 ) -> Plan:
-    """The plan that a solution amounts to.
-
-    `home` is the position of the device for all inputs and results; None puts each input where it is consumed.
-    """
+    """The plan that a solution amounts to. Inputs are where the graph's home is, or each where it is consumed."""
     graph, machine = problem.graph, problem.machine
     keys = {
         graph.groups[member].id: device_key(machine, stage.device)
@@ -203,9 +226,8 @@ def make_plan(
     }
     evaluation = evaluate(problem, solution.stages)
     inputs = _input_devices(graph, keys)
-    if home is not None:
-        inputs = {"input_ids": device_key(machine, home), **dict.fromkeys(inputs, device_key(machine, home))}
-    gap = (solution.bound - solution.extra_positions) / max(solution.bound, 1)
+    if graph.home is not None:
+        inputs = dict.fromkeys(("input_ids", *inputs), device_key(machine, 0))
     return Plan(
         model=model,
         machine=machine,
@@ -219,13 +241,15 @@ def make_plan(
         kv_tokens=longest_cache(problem, solution.stages),
         solver=SolverReport(
             status=solution.status,
-            objective="balance",
-            value=solution.extra_positions,
+            objective=solution.objective,
+            value=solution.value,
             bound=solution.bound,
-            gap=gap,
+            gap=solution.gap,
             method=solution.method,
         ),
         fingerprint=fingerprint,
+        estimate=Estimate.of(evaluation.times, problem.quantities.batch),
+        extrapolated=graph.extrapolated(problem.quantities),
     )
 
 
@@ -292,6 +316,8 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
         solver=_record(SolverReport, content["solver"]),
         fingerprint=str(content["fingerprints"]["model"]),
         proof=dict(content["proof"]),
+        estimate=_estimate_from(content["estimate"]),
+        extrapolated=tuple(map(str, content["capacity"].get("extrapolated", ()))),
     )
     if "input_ids" not in plan.input_devices:
         raise ValueError(f"input_devices names {list(plan.input_devices)}, not input_ids")
@@ -300,6 +326,13 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
     if list(plan.memory) != _keys(machine):
         raise ValueError(f"memory lists devices {list(plan.memory)}, the machine has {_keys(machine)}")
     return plan
+
+
+def _estimate_from(content: Mapping[str, Any]) -> Estimate:
+    wrong = {name: value for name, value in content.items() if type(value) not in (int, float, type(None))}
+    if wrong:
+        raise TypeError(f"estimate has {wrong}: seconds and rates are numbers, or null where unknown")
+    return Estimate(**content)
 
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "float": (int, float)}

@@ -57,7 +57,7 @@ class Polynomial:
         terms = dict(self.terms)
         for names, factor in _as_polynomial(other).terms:
             terms[names] = terms.get(names, 0) + factor
-        return _normalised(terms)
+        return from_terms(terms)
 
     __radd__ = __add__
 
@@ -67,9 +67,14 @@ class Polynomial:
             for right, right_factor in _as_polynomial(other).terms:
                 names = tuple(sorted(left + right))
                 terms[names] = terms.get(names, 0) + left_factor * right_factor
-        return _normalised(terms)
+        return from_terms(terms)
 
     __rmul__ = __mul__
+
+    def covers(self, other: Polynomial) -> bool:
+        """Whether no coefficient is below `other`'s, so that no workload makes `other` the larger one."""
+        mine, others = dict(self.terms), dict(other.terms)
+        return all(mine.get(names, 0) >= others.get(names, 0) for names in mine.keys() | others.keys())
 
     def to_dict(self) -> dict[str, int]:
         """`{"batch*text_tokens": 8192, "1": 64}`, for files."""
@@ -82,7 +87,7 @@ class Polynomial:
         for key, factor in terms.items():
             names = tuple(sorted(key.split("*"))) if key != "1" else ()
             found[names] = found.get(names, 0) + factor
-        return _normalised(found)
+        return from_terms(found)
 
 
 def variable(name: str) -> Polynomial:
@@ -92,7 +97,12 @@ def variable(name: str) -> Polynomial:
 
 def constant(value: int) -> Polynomial:
     """The polynomial that is `value`, whatever the workload."""
-    return _normalised({(): value})
+    return from_terms({(): value})
+
+
+def from_terms(terms: Mapping[tuple[str, ...], int]) -> Polynomial:
+    """The polynomial of these coefficients by sorted variable names; zeros are left out."""
+    return Polynomial(tuple(sorted((names, factor) for names, factor in terms.items() if factor)))
 
 
 ZERO = Polynomial()
@@ -100,7 +110,3 @@ ZERO = Polynomial()
 
 def _as_polynomial(value: Polynomial | int) -> Polynomial:
     return value if isinstance(value, Polynomial) else constant(value)
-
-
-def _normalised(terms: Mapping[tuple[str, ...], int]) -> Polynomial:
-    return Polynomial(tuple(sorted((names, factor) for names, factor in terms.items() if factor)))

@@ -10,16 +10,25 @@ from planner.graph import ModuleGraph
 from planner.machine import Machine
 from planner.memory import CostTable, MemoryBreakdown
 from planner.polynomial import Quantities
+from planner.timing import PlacementTimes, TimeTable
 
 Status = Literal["OPTIMAL", "FEASIBLE", "INFEASIBLE", "UNKNOWN"]
+Objective = Literal["balance", "latency", "throughput", "fewest"]
+"""What a placement is chosen for, before ties.
+
+balance: most extra KV positions per sequence on as many devices as legally possible; fewest: the same on as few;
+latency: shortest request of one stream; throughput: shortest time of the slowest stage in a full pipeline.
+"""
+NO_KV = 2**62
+"""Extra KV positions of a placement without any KV cache: more than any machine holds."""
+TIMED: tuple[Objective, ...] = ("latency", "throughput")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Which groups may go where, and what each costs there.
+    """Which groups may go where, what each costs there, and what the placement is for.
 
-    `home_bytes` are activations that the first device holds whatever is placed on it: inputs, results, and what is
-    computed from them outside all modules.
+    `new_tokens` is the length of an answer; with `all_devices` no device may stay empty.
     """
 
     graph: ModuleGraph
@@ -27,11 +36,23 @@ class Problem:
     quantities: Quantities
     table: CostTable
     units: tuple[Unit, ...]
-    home_bytes: int = 0
+    objective: Objective = "balance"
+    new_tokens: int = 0
+    all_devices: bool = False
+
+    @property
+    def times(self) -> TimeTable:
+        """The seconds of every group and flow; computed at each call."""
+        return TimeTable.of(self.graph, self.machine, self.quantities, self.new_tokens)
 
     def base_bytes(self, position: int) -> int:
-        """Activations on the device at this position before anything is placed on it."""
-        return self.home_bytes if position == 0 else 0
+        """Activations on the device at this position before anything is placed on it.
+
+        That is what inputs and results hold on the first device, where the graph says that they are there.
+        """
+        if position or self.graph.home is None:
+            return 0
+        return max((moment(self.quantities) for moment in self.graph.home.moments_bytes), default=0)
 
     @classmethod
     def of(
@@ -40,19 +61,20 @@ class Problem:
         machine: Machine,
         quantities: Quantities,
         constraints: Constraints | None = None,
-        home_bytes: int = 0,
     ) -> Problem:
         """The problem of placing `graph` on `machine` for the workload that `quantities` counts.
 
         Raises: ConstraintError as `planner.constraints.units` does.
         """
+        limits = constraints or Constraints()
         return cls(
             graph=graph,
             machine=machine,
             quantities=quantities,
             table=CostTable.of(graph, quantities),
-            units=units(graph, machine, constraints or Constraints()),
-            home_bytes=home_bytes,
+            units=units(graph, machine, limits),
+            new_tokens=max(1, quantities.positions - quantities.text_tokens - quantities.image_tokens),
+            all_devices=limits.all_devices,
         )
 
 
@@ -68,43 +90,93 @@ class PlacedStage:
 class Solution:
     """An answer with its proof: stages in execution order, the objective's value, and the best value possible.
 
-    `extra_positions` is the objective of `balance`: KV positions per sequence beyond the workload's that every device
-    still holds. An INFEASIBLE solution carries the nearest placement, in which some devices are too small.
+    `value` and `bound` are KV positions per sequence beyond the workload's for `balance` and `fewest`, nanoseconds for
+    `latency` and `throughput`. An INFEASIBLE solution carries the nearest placement, in which some devices are too
+    small.
     """
 
     status: Status
     stages: tuple[PlacedStage, ...]
-    extra_positions: int
+    value: int
     bound: int
     method: str
+    objective: Objective = "balance"
+
+    @property
+    def extra_positions(self) -> int:
+        """The value of an objective that counts KV positions."""
+        return self.value
+
+    @property
+    def gap(self) -> float:
+        """How far the value may be from the best, as a share of the larger of the two."""
+        return abs(self.value - self.bound) / max(self.value, self.bound, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What a placement costs: peak memory per device, by position, and the KV positions that fit per sequence.
 
-    `kv_positions` is None when no device holds any KV cache.
+    `kv_positions` is None when no device holds any KV cache, `times` when the speed of a used device is unknown.
+    `free_fraction` is the smallest share of its memory that a used device keeps free, below zero where it lacks some.
     """
 
     memory: tuple[MemoryBreakdown, ...]
     kv_positions: int | None
+    free_fraction: float
+    times: PlacementTimes | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device holds what is placed on it."""
+        return self.free_fraction >= 0
+
+    def value(self, problem: Problem) -> int | None:
+        """The problem's objective, in the unit of `Solution.value`; None where it is unknown."""
+        if problem.objective in TIMED:
+            if self.times is None:
+                return None
+            return self.times.latency_ns if problem.objective == "latency" else self.times.bottleneck_ns
+        return NO_KV if self.kv_positions is None else self.kv_positions - problem.quantities.positions
 
 
 def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
     """The one evaluator: scores any placement, whoever made it."""
+    memory = _memory(problem, stages)
+    members = _members(stages)
+    devices = problem.machine.devices
+    extra = [
+        (device.memory_bytes - peak.total_bytes) // per_position
+        for position, (device, peak) in enumerate(zip(devices, memory, strict=True))
+        if (per_position := _kv_per_position(problem, members.get(position, ())))
+    ]
+    left = [(devices[p].memory_bytes - memory[p].total_bytes) / devices[p].memory_bytes for p in members]
+    return Evaluation(
+        memory=memory,
+        kv_positions=problem.quantities.positions + min(extra) if extra else None,
+        free_fraction=min(left),
+        times=problem.times.placed(_devices_by_group(stages)),
+    )
+
+
+def _members(stages: tuple[PlacedStage, ...]) -> dict[int, list[int]]:
     members: dict[int, list[int]] = {}
     for stage in stages:
         members.setdefault(stage.device, []).extend(stage.members)
-    memory = tuple(
+    return members
+
+
+def _devices_by_group(stages: tuple[PlacedStage, ...]) -> list[int]:
+    placed = {member: stage.device for stage in stages for member in stage.members}
+    return [placed[member] for member in range(len(placed))]
+
+
+def _memory(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[MemoryBreakdown, ...]:
+    members = _members(stages)
+    return tuple(
         problem.table.on_device(sorted(members.get(position, ())), device, problem.base_bytes(position))
         for position, device in enumerate(problem.machine.devices)
     )
-    extra = [
-        (device.memory_bytes - peak.total_bytes) // per_position
-        for position, (device, peak) in enumerate(zip(problem.machine.devices, memory, strict=True))
-        if (per_position := _kv_per_position(problem, members.get(position, ())))
-    ]
-    return Evaluation(memory=memory, kv_positions=problem.quantities.positions + min(extra) if extra else None)
 
 
 def longest_cache(problem: Problem, stages: tuple[PlacedStage, ...]) -> int | None:
@@ -119,7 +191,7 @@ def longest_cache(problem: Problem, stages: tuple[PlacedStage, ...]) -> int | No
         middle = (low + high + 1) // 2
         quantities = replace(problem.quantities, positions=middle)
         longer = replace(problem, quantities=quantities, table=CostTable.of(problem.graph, quantities))
-        peaks = zip(problem.machine.devices, evaluate(longer, stages).memory, strict=True)
+        peaks = zip(problem.machine.devices, _memory(longer, stages), strict=True)
         fits = all(peak.total_bytes <= device.memory_bytes for device, peak in peaks)
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.alternatives import LABELS as LABEL_OF
+from planner.alternatives import Alternative
 from planner.machine import Device
 from planner.memory import LABELS, MemoryBreakdown
 from planner.plan import Boundary, DeviceKey, Plan, device_key
@@ -138,6 +140,9 @@ def _verdict(plan: Plan) -> Iterator[Text]:
             f"Room for {plan.kv_tokens:,} KV positions per sequence. {plan.machine.devices[binding].name} binds: "
             f"most of it is {LABELS[largest]}."
         )
+    yield _times(plan)
+    if plan.extrapolated:
+        yield Text(f"Extrapolated beyond what was traced: {', '.join(plan.extrapolated)}.", style="yellow")
     solver = plan.solver
     yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
     if plan.proof.get("status") == "proven":
@@ -145,6 +150,42 @@ def _verdict(plan: Plan) -> Iterator[Text]:
         yield Text(f"  hooks: {plan.proof.get('hooks')}; {plan.proof.get('versions')}", style="dim")
     else:
         yield Text("Not proven by a run: --prove runs it at full size on virtual GPUs.", style="yellow")
+
+
+def _times(plan: Plan) -> Text:
+    estimate = plan.estimate
+    if estimate.ttft_s is None or estimate.tpot_s is None:
+        return Text("No times: a size alone has no speed. Name GPU models, such as --gpus rtx4090,l4.", style="dim")
+    return Text(
+        f"Estimated: first token after {seconds_text(estimate.ttft_s)}, then {seconds_text(estimate.tpot_s)} each, "
+        f"{estimate.tokens_per_s or 0:.1f} tokens/s."
+    )
+
+
+def seconds_text(seconds: float | None) -> str:
+    """`1.25 s`, or `12.5 ms` below a tenth of a second; a dash for what is unknown."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
+def alternatives_table(found: Iterable[Alternative], chosen: str) -> Table:
+    """The placements by other objectives, one row each; the plan's own is marked."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Alternatives", no_wrap=True, min_width=13)
+    for title in ("GPUs", "KV positions", "TTFT", "TPOT"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in found:
+        own = one.objective == chosen
+        table.add_row(
+            f"{LABEL_OF[one.objective]}{' (this)' if own else ''}",
+            str(one.num_devices),
+            "-" if one.kv_tokens is None else f"{one.kv_tokens:,}",
+            seconds_text(one.estimate.ttft_s),
+            seconds_text(one.estimate.tpot_s),
+            style="" if own else "dim",
+        )
+    return table
 
 
 def _room(plan: Plan, position: int) -> float:

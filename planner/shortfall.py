@@ -95,7 +95,7 @@ def _with(problem: Problem, quantities: Quantities) -> bool:
 
 
 def _fits(problem: Problem) -> bool:
-    return chain_dp.solve(problem).status == "OPTIMAL"
+    return chain_dp.fits(problem)
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -50,15 +50,27 @@ def read_mapping(path: Path, what: str, error: type[PlannerError]) -> dict[str, 
 
     Raises: `error`, naming the file, the line and the rule, when it is missing, too large, not YAML or no mapping.
     """
+    return parse_mapping(read_text(path, what, error), f"{what} {path}", error)
+
+
+def read_text(path: Path, what: str, error: type[PlannerError]) -> str:
+    """The text of a file of at most `MAX_BYTES`.
+
+    Raises: `error` when it is missing, too large or no text.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise error(f"{what} {path} is {path.stat().st_size} bytes: at most {MAX_BYTES} are read")
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:
+            # A device or a pipe says nothing of its length.
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise error(f"{what} {path} has no end: at most {MAX_BYTES} bytes are read")
+        return content.decode("utf-8")
     except OSError as problem:
         raise error(f"{what} {path} cannot be read: {problem.strerror}") from problem
     except UnicodeDecodeError as problem:
         raise error(f"{what} {path} is not text: {problem}") from problem
-    return parse_mapping(text, f"{what} {path}", error)
 
 
 def parse_mapping(text: str, what: str, error: type[PlannerError]) -> dict[str, Any]:

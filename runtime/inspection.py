@@ -15,6 +15,7 @@ from torch import nn
 from planner.errors import PlanMismatchError
 from planner.paths import contains
 from planner.units import format_bytes
+from runtime.atoms import find_atoms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +58,15 @@ def verify_placement(model: nn.Module) -> None:
 def guard_first_forward(model: nn.Module) -> None:
     """Watch the next forward of `model`: a module that gets a tensor from another device is named before its op fails.
 
+    Watched is what boundaries bring tensors to: a container with a parameter of its own may lie on several devices.
     The watch ends with that forward, whether it returns or raises.
     Raises (from the forward): PlanMismatchError with the module, its device and the tensor's.
     """
+    modules = dict(model.named_modules())
     handles = [
-        module.register_forward_pre_hook(_check_arrival(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
+        modules[atom.name].register_forward_pre_hook(_check_arrival(atom.name), with_kwargs=True)
+        for atom in find_atoms(model)
+        if atom.is_module and next(modules[atom.name].parameters(), None) is not None
     ]
     handles.append(model.register_forward_hook(lambda *_: _remove(handles), always_call=True))
 
@@ -75,7 +78,7 @@ def _remove(handles: list[Any]) -> None:
 
 def _check_arrival(name: str) -> Any:
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        device = next(iter(module.parameters(recurse=False))).device
+        device = next(module.parameters()).device
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.dim() and value.device != device:
                 raise PlanMismatchError(

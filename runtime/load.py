@@ -1,69 +1,79 @@
-"""`load_sharded`: from a checkpoint folder and a plan to a model on its devices, each weight read once.
+"""`load_sharded`: from a checkpoint and a plan to a model on its devices, each weight read once.
 
 A weight goes from its shard straight to the device the plan names; a failure frees every device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from planner.errors import ConstraintError, MachineError, PlanMismatchError, SourceError
+from planner.errors import ConstraintError, MachineError, SourceError
 from planner.machine import Machine
-from planner.paths import owner
 from planner.plan import DeviceKey, Plan
 from planner.workload import Workload
-from runtime.boundary import attach_boundaries
-from runtime.devices import Devices, refuse_uncovered, torch_devices
+from runtime.boundary import attach_boundaries, refuse_moves
+from runtime.devices import Devices, torch_devices
 from runtime.inspection import guard_first_forward, verify_placement
 from runtime.probe import probe_machine
-from vlm.checkpoint import TensorHeader
-from vlm.model import OPTIONAL_WEIGHTS, Model, find_model
+from runtime.progress import byte_bar
+from runtime.readiness import refuse_full_devices, refuse_other_model, refuse_quantised
+from runtime.sources import model_with_weights
+from runtime.weights import load_weights
+from vlm.checkpoint import Checkpoint
+from vlm.hub import Hub
+from vlm.model import Model
 from vlm.planning import plan_for
 from vlm.skeleton import build_skeleton
 
 
 def load_sharded(
-    source: str | Path,
+    source: str | Path | Model,
     plan: Plan | str | Path | None = None,
     *,
     machine: Machine | None = None,
     workload: Workload | None = None,
     devices: Devices = None,
     verify: bool = False,
+    hub: Hub | None = None,
 ) -> PreTrainedModel:
-    """The model in the folder `source`, placed as `plan` says, ready to `generate`.
+    """The model in `source`, placed as `plan` says, ready to `generate`.
 
+    `source` is a checkpoint folder, a hub id, or a model that `find_model` found; `hub` says how to reach the hub.
     Without a plan one is made for `machine`, or for the GPUs found here. `devices` is None for real GPUs, "virtual"
     for virtual ones, "cpu", or a list with one device for each of the plan's. `verify` compares every module's device
     with the plan and watches the first forward. The model carries its plan as `.plan`, and where each input belongs
     as `.input_devices`.
 
-    Raises: SourceError for a folder that cannot be read; PlanMismatchError for another model's plan; MachineError
-    when the devices are not there; torch.OutOfMemoryError when one is full. Whatever was placed is freed then.
+    Raises: SourceError for a checkpoint that cannot be read; PlanMismatchError for another model's plan; MachineError
+    when the devices are not there or too full; torch.OutOfMemoryError when one fills up. Whatever was placed is freed
+    then.
     """
-    model = find_model(str(source))
-    if model.checkpoint is None:
-        raise SourceError(f"{source} is a name in the catalogue: loading needs a folder that holds its weights")
+    model, checkpoint = model_with_weights(source, hub or Hub())
+    refuse_quantised(model)
     plan = _plan(model, plan, machine, workload, devices)
-    plan.check_model(model.fingerprint, str(source))
-    places = torch_devices(plan, devices)
     dtype = getattr(torch, plan.workload.dtype)
     skeleton = build_skeleton(model, dtype=dtype, attention=plan.workload.attention)
-    skeleton.generation_config = _generation_config(model.checkpoint.folder, skeleton)
+    refuse_other_model(plan, model, skeleton, str(checkpoint.folder))
+    places = torch_devices(plan, devices)
+    refuse_full_devices(plan, places)
+    if skeleton.can_generate():
+        skeleton.generation_config = _generation_config(checkpoint.folder, skeleton)
     device_map = {name: places[key] for name, key in plan.device_map.items()}
     try:
-        place_weights(skeleton, _weights(model.checkpoint.tensors), device_map)
+        with byte_bar("Loading weights", _stored_bytes(checkpoint)) as advance:
+            load_weights(skeleton, checkpoint, device_map, advance)
         return _attached(skeleton, plan, places, device_map, verify=verify)
-    except BaseException:
-        # The exception's frames hold the skeleton: empty it, so that every device is free when the caller sees it.
-        skeleton.to("meta")
+    except BaseException as problem:
+        # The exception's frames hold the skeleton and weights on their way: let all of it go, so that every device is
+        # free when the caller sees the exception.
+        skeleton._apply(lambda tensor: tensor.to("meta"))
+        traceback.clear_frames(problem.__traceback__)
         raise
 
 
@@ -80,39 +90,6 @@ def place_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
     }
 
 
-def place_weights(
-    skeleton: nn.Module, weights: Iterator[tuple[str, torch.Tensor]], device_map: Mapping[str, torch.device]
-) -> None:
-    """Fill `skeleton` with `weights`, each cast to its parameter's dtype on its way to its device; then the buffers.
-
-    Raises: PlanMismatchError when the map leaves a weight or buffer without a device.
-    """
-    refuse_uncovered(skeleton, device_map)
-    names_of = _names_by_parameter(skeleton)
-    for name, weight in weights:
-        module, leaf = _parent(skeleton, name)
-        expected = module._parameters.get(leaf)
-        if expected is None:
-            continue
-        placed = weight.to(device=device_map[_key(name, device_map)], dtype=expected.dtype)
-        parameter = nn.Parameter(placed, requires_grad=False)
-        for tied in names_of[id(expected)]:
-            module, leaf = _parent(skeleton, tied)
-            module._parameters[leaf] = parameter
-    _initialise_optional(skeleton, device_map)
-    for name, buffer in list(skeleton.named_buffers()):
-        module, leaf = _parent(skeleton, name)
-        module._buffers[leaf] = buffer.to(device_map[_key(name, device_map)])
-
-
-def _names_by_parameter(skeleton: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter: tied modules share one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
-
-
 def _attached(
     skeleton: PreTrainedModel,
     plan: Plan,
@@ -123,6 +100,7 @@ def _attached(
 ) -> PreTrainedModel:
     home = places[plan.input_devices["input_ids"]]
     attach_boundaries(skeleton, device_map, home)
+    refuse_moves(skeleton)
     skeleton.plan = plan
     skeleton.hf_device_map = dict(device_map)
     skeleton.input_devices = {name: places[key] for name, key in plan.input_devices.items()}
@@ -146,15 +124,8 @@ def _plan(
     return plan_for(model, machine, workload)
 
 
-def _weights(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored weight, shard by shard, one in memory at a time."""
-    by_shard: dict[Path, list[str]] = {}
-    for name, header in headers.items():
-        by_shard.setdefault(header.shard, []).append(name)
-    for shard, names in by_shard.items():
-        with safe_open(shard, framework="pt", device="cpu") as weights:
-            for name in names:
-                yield name, weights.get_tensor(name)
+def _stored_bytes(checkpoint: Checkpoint) -> int:
+    return sum(path.stat().st_size for path in checkpoint.pickles or checkpoint.shards)
 
 
 def _generation_config(folder: Path, skeleton: PreTrainedModel) -> GenerationConfig:
@@ -164,31 +135,6 @@ def _generation_config(folder: Path, skeleton: PreTrainedModel) -> GenerationCon
             return GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as problem:
             raise SourceError(f"{folder / 'generation_config.json'} cannot be used: {problem}") from problem
-    config = skeleton.config
-    return GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-
-
-def _initialise_optional(skeleton: nn.Module, device_map: Mapping[str, torch.device]) -> None:
-    """Weights that some checkpoints leave out because nothing reads them: a norm's neutral values."""
-    missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
-    unexplained = [name for name in missing if name not in OPTIONAL_WEIGHTS]
-    if unexplained:
-        raise PlanMismatchError(f"the checkpoint gave no value for {', '.join(unexplained[:3])}: it is incomplete")
-    for name in missing:
-        module, leaf = _parent(skeleton, name)
-        shape, dtype = module._parameters[leaf].shape, module._parameters[leaf].dtype
-        value = torch.ones(shape, dtype=dtype) if leaf == "weight" else torch.zeros(shape, dtype=dtype)
-        module._parameters[leaf] = nn.Parameter(value.to(device_map[_key(name, device_map)]), requires_grad=False)
-
-
-def _key(name: str, device_map: Mapping[str, torch.device]) -> str:
-    found = owner(name, device_map)
-    assert found is not None, name
-    return found
-
-
-def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+    made = skeleton.generation_config
+    made.max_length = None
+    return made

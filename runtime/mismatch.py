@@ -14,6 +14,7 @@ import torch
 
 _OUTSIDE = tuple(str(Path(package.__file__).parent) for package in (torch, accelerate) if package.__file__)
 _OURS = str(Path(__file__).parent)
+_OUR_FOLDER = f"{Path(__file__).parents[1]}/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,8 @@ class Mismatch:
 
     `operands` are argument names, `devices` and `modules` go with them: where each operand lay, and the module it
     belongs to or was last computed by. `kind` is "devices", or "host" when an operand was left on the CPU, which no
-    placement can mend.
+    placement can mend. `within` is the module whose code ran, and `tensors` are the names of the operands that are
+    parameters or buffers, empty for all others; a watch that keeps no names leaves both out.
     """
 
     op: str
@@ -44,6 +46,8 @@ class Mismatch:
     devices: tuple[str, ...]
     modules: tuple[str, ...]
     phase: str
+    within: str = ""
+    tensors: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
@@ -72,11 +76,29 @@ def calling_place() -> Place:
     """The innermost line of model code that is running: outside torch, accelerate and this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_back is not None:
-        if not frame.f_code.co_filename.startswith((*_OUTSIDE, _OURS, "<")):
+        if _is_model_code(frame):
             break
         frame = frame.f_back
     assert frame is not None
-    file, line = frame.f_code.co_filename, frame.f_lineno
+    return _place(frame, frame.f_lineno)
+
+
+def place_of(error: BaseException) -> Place | None:
+    """The innermost line of model code that an exception came through; None when it came through none."""
+    place, trace = None, error.__traceback__
+    while trace is not None:
+        if _is_model_code(trace.tb_frame):
+            place = _place(trace.tb_frame, trace.tb_lineno)
+        trace = trace.tb_next
+    return place
+
+
+def _is_model_code(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith((*_OUTSIDE, _OURS, "<"))
+
+
+def _place(frame: FrameType, line: int) -> Place:
+    file = frame.f_code.co_filename
     return Place(
         file=_short(file), line=line, function=frame.f_code.co_name, text=linecache.getline(file, line).strip()
     )
@@ -91,5 +113,5 @@ def unique(mismatches: Sequence[Mismatch]) -> tuple[Mismatch, ...]:
 
 
 def _short(file: str) -> str:
-    """The path from `site-packages` on, which is the same on every machine."""
-    return file.rpartition("site-packages/")[2]
+    """The path from `site-packages` or from our own packages' folder on, which is the same on every machine."""
+    return file.rpartition("site-packages/")[2].removeprefix(_OUR_FOLDER)

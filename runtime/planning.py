@@ -11,23 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.constraints import Constraints, units
-from planner.errors import ConstraintError, UnsupportedModelError
+from planner.constraints import Constraints
+from planner.errors import UnsupportedModelError
+from planner.fit import fit
 from planner.machine import Machine
 from planner.plan import ModelSummary, Plan, make_plan
 from planner.polynomial import Quantities
-from planner.problem import Problem, Solution
+from planner.problem import Objective, Problem
 from planner.shortfall import infeasible
-from planner.solve import chain_dp
+from planner.solve import near_home
 from planner.workload import Workload
 from runtime.proof import DryRun, dry_run
-from runtime.recorder import INPUTS_LABEL
 from runtime.steps import Steps, forward_and_decode
-from runtime.trace import prompt_of, trace_model
-from runtime.traced_graph import graph_of, home_bytes
-
-NEARLY = 1.02
-"""How much more capacity a placement must have to be worth a hop between the inputs and the token embedding."""
+from runtime.trace import Trace, prompt_of, trace_model
+from runtime.traced_graph import sample_of
 
 
 def plan_model(
@@ -36,10 +33,11 @@ def plan_model(
     *,
     machine: Machine,
     workload: Workload | None = None,
+    objective: Objective = "balance",
     split_vision: bool = False,
     steps: Steps | None = None,
 ) -> Plan:
-    """A `balance` plan for `model`, proven by running it on `inputs`.
+    """The best plan for `model` by an objective, proven by running it on `inputs`.
 
     The graph is traced from a run on `inputs`, whose sizes are the plan's; of `workload` only `new_tokens` and
     `max_model_len` count. The map is clean under accelerate's hooks, with inputs on device 0.
@@ -49,18 +47,13 @@ def plan_model(
     """
     steps = steps or forward_and_decode()
     trace = trace_model(model, inputs, steps)
-    if trace.hazards:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} leaves a tensor on the host, which no placement mends: {trace.hazards[0]}. "
-            "Make it on the device of what it meets."
-        )
-    graph = graph_of(trace, model, type(model).__name__)
+    refuse_hazards(trace, type(model).__name__)
     asked = _sized(workload or Workload(), inputs, model)
-    pins = {atom.name: 0 for atom in trace.groups[INPUTS_LABEL]}
-    problem = Problem.of(
-        graph, machine, _quantities(asked), Constraints(pins=pins, split_vision=split_vision), home_bytes(trace)
-    )
-    solution = _solution(problem, pins, split_vision=split_vision)
+    quantities = _quantities(asked)
+    graph = fit([sample_of(trace, model, type(model).__name__, quantities)])
+    problem = Problem.of(graph, machine, quantities, Constraints(split_vision=split_vision))
+    problem = replace(problem, objective=objective, new_tokens=asked.new_tokens)
+    solution = near_home.solve(problem)
     if solution.status == "INFEASIBLE":
         raise infeasible(problem, solution)
     summary = ModelSummary(
@@ -70,28 +63,17 @@ def plan_model(
         weight_bytes=graph.weight_bytes,
         dtype=graph.dtype,
     )
-    plan = make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model), home=0)
+    plan = make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model))
     return replace(plan, proof=_proof(dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
 
 
-def _solution(problem: Problem, pins: Mapping[str, int], *, split_vision: bool) -> Solution:
-    """The best placement; among nearly equal ones that with the token embedding beside the inputs, on device 0."""
-    free = chain_dp.solve(problem)
-    embedding = next((group for group in problem.graph if group.role == "embedding"), None)
-    if embedding is None or free.status == "INFEASIBLE" or embedding.modules[0] in pins:
-        return free
-    held = Constraints(pins={**pins, embedding.modules[0]: 0}, split_vision=split_vision)
-    units_held = units(problem.graph, problem.machine, held)
-    try:
-        near = chain_dp.solve(replace(problem, units=units_held))
-    except ConstraintError:
-        return free
-    positions = problem.quantities.positions
-    costs_little = NEARLY * (near.extra_positions + positions) >= free.extra_positions + positions
-    as_many = len(near.stages) == len(free.stages)
-    if near.status == "INFEASIBLE" or not costs_little or not as_many:
-        return free
-    return near if near.extra_positions == free.extra_positions else replace(near, status="FEASIBLE", bound=free.bound)
+def refuse_hazards(trace: Trace, name: str) -> None:
+    """Raise UnsupportedModelError when a run met tensors that the model leaves on the host: no plan can help."""
+    if trace.hazards:
+        raise UnsupportedModelError(
+            f"{name} leaves a tensor on the host, which no placement mends: {trace.hazards[0]}. "
+            "Make it on the device of what it meets."
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

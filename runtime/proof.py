@@ -24,7 +24,7 @@ from runtime.mismatch import Mismatch, calling_place, unique
 from runtime.relocate import relocate
 from runtime.steps import Steps, forward_and_decode
 from runtime.trace import is_shape_only
-from runtime.twin import make_twin
+from runtime.twin import let_go, make_twin
 from runtime.virtual import DeviceMismatchError, VirtualGpus, virtual_gpus
 from runtime.virtual.process import PROCESS
 
@@ -84,7 +84,7 @@ def dry_run(
     input_indices = _input_indices(plan_or_device_map, hooks)
     home = _home(input_indices, device_map) if home is None else home
     twin = _placed(model, device_map, gpus)
-    watch = _Watch(twin)
+    watch = ProofWatch(twin)
     _attach(twin, device_map, gpus, hooks, home)
     placed = {name: _brought(value, gpus.devices[input_indices.get(name, home)]) for name, value in inputs.items()}
     gpus.ledger.reset_peak()
@@ -94,6 +94,7 @@ def dry_run(
             results = (steps or forward_and_decode())(twin, placed, watch)
     finally:
         PROCESS.observer = None
+    let_go(twin)
     return DryRun(
         mismatches=unique(watch.mismatches),
         transfers=watch.transfers,
@@ -105,7 +106,7 @@ def dry_run(
 
 
 @dataclass(slots=True)
-class _Watch:
+class ProofWatch:
     """Notes who meets whom, and which module made what."""
 
     twin: nn.Module
@@ -119,7 +120,7 @@ class _Watch:
             module.register_forward_pre_hook(self._entering(name or "the model"))
             module.register_forward_hook(lambda *_: self._running.pop() and None, always_call=True)
         for name, tensor in (*self.twin.named_parameters(), *self.twin.named_buffers()):
-            _sign(tensor, name)
+            sign(tensor, name)
 
     def _entering(self, name: str) -> Any:
         return lambda *_: self._running.append(name)
@@ -143,7 +144,7 @@ class _Watch:
                 place=calling_place(),
                 operands=tuple(operand.argument for operand in problem.operands),
                 devices=tuple(operand.device for operand in problem.operands),
-                modules=tuple(map(_signature, tensors)),
+                modules=tuple(map(signature, tensors)),
                 phase=self.phase,
             )
         )
@@ -152,21 +153,23 @@ class _Watch:
         """An operation; what it made is signed with the module that runs."""
         for value in outcome if isinstance(outcome, list | tuple) else (outcome,):
             if isinstance(value, torch.Tensor) and value.device.type == "vgpu":
-                _sign(value, self._running[-1])
+                sign(value, self._running[-1])
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         """A copy between two devices; it stays the work of whoever made the original."""
         key = (str(source.device), str(copy.device), self.phase)
         self._copies.setdefault(key, []).append(source.numel() * source.element_size())
         if copy.device.type == "vgpu":
-            _sign(copy, _signature(source))
+            sign(copy, signature(source))
 
 
-def _sign(tensor: torch.Tensor, name: str) -> None:
+def sign(tensor: torch.Tensor, name: str) -> None:
+    """Note who made a tensor, for as long as its storage lives."""
     tensor.untyped_storage().made_by = name
 
 
-def _signature(tensor: torch.Tensor) -> str:
+def signature(tensor: torch.Tensor) -> str:
+    """Who made a tensor: a module, a parameter's name, the inputs or the host."""
     if tensor.device.type == "cpu":
         return "the host"
     return getattr(tensor.untyped_storage(), "made_by", "the inputs")

@@ -6,29 +6,23 @@ that `load_sharded` uses and under accelerate's, which anyone else would use wit
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
-
-import accelerate
-import torch
-import transformers
-from torch import nn
+from itertools import product
 
 from planner.constraints import Constraints, units
 from planner.errors import ConstraintError, InfeasibleError
 from planner.machine import Machine
+from planner.paths import collapse
 from planner.plan import Plan
 from planner.workload import Workload, workload_class
 from runtime.proof import DryRun, Hooks, dry_run
-from runtime.steps import Watch
-from vlm.internlm_xcomposer2.workload_inputs import workload_inputs
+from runtime.rehearsal import rehearsal
 from vlm.model import Model
-from vlm.skeleton import build_skeleton
+from vlm.proofs import proof_digest
+from vlm.versions import installed_versions
 
 HOOKS: tuple[Hooks, ...] = ("ours", "accelerate")
-NUM_DECODE_STEPS = 2
 
 
 def prove(model: Model, plan: Plan) -> Plan:
@@ -42,13 +36,12 @@ def prove(model: Model, plan: Plan) -> Plan:
         if not run.ok:
             raise InfeasibleError(f"the plan does not run under the hooks {hooks!r}: {run.mismatches[0]}")
     covered = workload_class(plan.workload)
-    question = [plan.fingerprint, plan.device_map, covered, installed_versions()]
     proof = {
         "status": "proven",
         "hooks": ", ".join(HOOKS),
         "workload_class": covered,
         "versions": installed_versions(),
-        "fingerprint": hashlib.sha256(repr(question).encode()).hexdigest()[:16],
+        "fingerprint": proof_digest(plan),
     }
     return replace(plan, proof=proof)
 
@@ -60,44 +53,39 @@ def rehearse(model: Model, plan: Plan, hooks: Hooks) -> DryRun:
     return _run(model, plan.workload, plan, hooks)
 
 
-def _prefill_and_decode(model: nn.Module, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
-    """As `generate` does it: logits of the last position, the cache grown by one token a step."""
-    outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-    results, mask = [outputs.logits], inputs["attention_mask"]
-    watch.phase = "decode"
-    for _ in range(NUM_DECODE_STEPS):
-        mask = torch.cat([mask, mask[:, -1:]], dim=1)
-        outputs = model(
-            input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=outputs.past_key_values
-        )
-        results.append(outputs.logits)
-    return results
-
-
-def installed_versions() -> str:
-    """What a proof was made with."""
-    torch_version = torch.__version__.partition("+")[0]
-    return f"torch {torch_version}, transformers {transformers.__version__}, accelerate {accelerate.__version__}"
-
-
 def rehearse_apart(model: Model, workload: Workload, hooks: Hooks) -> DryRun:
     """The dry run of the finest placement: every unit of the graph on a device of its own, the inputs on another.
 
     What meets here lies together in every placement that keeps the graph's hard fusions; one clean run therefore proves
-    them all, for this kind of workload.
+    them all, for this kind of workload, under hooks that sit on the modules that a map lists.
     """
     resolved = model.resolved(workload)
     graph = model.graph(resolved)
     apart = units(graph, Machine.parse("1GiB"), Constraints(split_vision=True))
     device_map = {
-        module: index for index, unit in enumerate(apart) for i in unit.members for module in graph.groups[i].modules
+        module: index for index, unit in enumerate(apart, 1) for i in unit.members for module in graph.groups[i].modules
     }
-    return _run(model, resolved, device_map, hooks, home=len(apart))
+    at_home = graph.home.modules if graph.home else ()
+    return _run(model, resolved, device_map | dict.fromkeys(at_home, 0), hooks, home=0)
+
+
+def rehearse_cuts(model: Model, workload: Workload, hooks: Hooks) -> Iterator[DryRun]:
+    """Dry runs of the model cut in two wherever its parts meet, either part first, with each map in its shortest form.
+
+    Plans list a whole part by its name alone, and accelerate hooks what is listed: a model that calls a method of a
+    part instead of the part itself is found here, and not with everything apart.
+    """
+    resolved = model.resolved(workload)
+    groups = model.graph(resolved).groups
+    parts = [group.module_list or group.modules[0].rpartition(".")[0] for group in groups]
+    cuts = [i for i in range(1, len(groups)) if parts[i] != parts[i - 1]]
+    for cut, first in product(cuts, (0, 1)):
+        placed = {module: first if i < cut else 1 - first for i, group in enumerate(groups) for module in group.modules}
+        yield _run(model, resolved, collapse(placed), hooks, home=0)
 
 
 def _run(
     model: Model, workload: Workload, placement: Plan | Mapping[str, int], hooks: Hooks, home: int | None = None
 ) -> DryRun:
-    skeleton = build_skeleton(model, dtype=getattr(torch, workload.dtype), attention=workload.attention)
-    inputs = workload_inputs(skeleton.config, workload)
-    return dry_run(skeleton, inputs, placement, hooks=hooks, steps=_prefill_and_decode, home=home)
+    run = rehearsal(model, workload)
+    return dry_run(run.skeleton, run.inputs, placement, hooks=hooks, steps=run.steps, home=home)

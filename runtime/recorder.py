@@ -26,13 +26,14 @@ INPUTS_LABEL = 0
 class Interval:
     """The time between two module boundaries, in which group `running` ran, or None: a container's own code.
 
-    `peak_bytes` were alive on each device; `arrived_bytes`, by source, are copies to the running group that a device
-    shared with the source would not need.
+    `step` counts forwards. `alive_bytes` are, by device, those alive at the start and after each allocation;
+    `arrived_bytes`, by source, are copies to the running group that a device shared with the source would not need.
     """
 
     phase: Phase
+    step: int
     running: int | None
-    peak_bytes: dict[int, int]
+    alive_bytes: list[list[int]]
     arrived_bytes: Counter[int] = field(default_factory=Counter)
 
 
@@ -53,6 +54,7 @@ class Sent:
     source: int
     target: int
     phase: Phase
+    step: int
     num_bytes: int
     storage: int
 
@@ -65,17 +67,24 @@ class Recorder:
         self._ledger = ledger
         self._running: list[int | None] = [None]
         self._arrived: Counter[int] = Counter()
+        self._growth = ledger.growth = []
+        self._start_bytes = self._allocated()
         self.phase: Phase = "prefill"
         self.arriving = ""
         self.mismatches: list[Mismatch] = []
         self.met: list[tuple[frozenset[int], Mismatch]] = []
         self.sent: list[Sent] = []
         self.intervals: list[Interval] = []
-        self.work: dict[tuple[int, Phase], Work] = {}
+        self.work: dict[tuple[int, int], Work] = {}
         self.order: dict[int, None] = {}
         self.pixel_storages: frozenset[int] = frozenset()
         self.caches: list[dict[str, tuple[int, int]]] = []
         self.windows: dict[str, int] = {}
+
+    @property
+    def step(self) -> int:
+        """How many forwards have ended: 0 in the prefill."""
+        return len(self.caches)
 
     def enter(self, label: int) -> None:
         """A module of group `label` is about to run, its inputs not yet brought over."""
@@ -89,10 +98,16 @@ class Recorder:
 
     def close_interval(self) -> None:
         """End the interval that is open and start another."""
-        peaks = {label: self._ledger.peak_bytes(label) for label in range(len(self._names))}
-        self.intervals.append(Interval(self.phase, self._running[-1], peaks, self._arrived))
+        alive = [[num_bytes] for num_bytes in self._start_bytes]
+        for label, num_bytes in self._growth:
+            alive[label].append(num_bytes)
+        self.intervals.append(Interval(self.phase, self.step, self._running[-1], alive, self._arrived))
         self._arrived = Counter()
-        self._ledger.reset_peak()
+        self._growth.clear()
+        self._start_bytes = self._allocated()
+
+    def _allocated(self) -> list[int]:
+        return [self._ledger.allocated_bytes(label) for label in range(len(self._names))]
 
     def note_cache(self, cache: Any) -> None:
         """Write down the device and bytes of every tensor in a cache, as it is between two steps."""
@@ -126,7 +141,7 @@ class Recorder:
             return
         label = first.device.index
         self.order.setdefault(label)
-        work = self.work.setdefault((label, self.phase), Work())
+        work = self.work.setdefault((label, self.step), Work())
         work.launches += 1
         work.read_bytes += sum(_num_bytes(value) for value in args if isinstance(value, torch.Tensor))
         work.flops += _flops(op, args, outcome)
@@ -140,6 +155,7 @@ class Recorder:
             source=source.device.index,
             target=copy.device.index,
             phase=self.phase,
+            step=self.step,
             num_bytes=_num_bytes(source),
             storage=storage_id(source),
         )
@@ -167,8 +183,9 @@ def _tensors_in(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, to
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """What tells a virtual GPU's live storage from any other; views share it."""
-    return id(getattr(tensor.untyped_storage(), "vgpu_block", None))
+    """What tells a virtual GPU's storage from any other that a run makes; views share it. 0 on the host."""
+    block = getattr(tensor.untyped_storage(), "vgpu_block", None)
+    return block.allocation.serial if block else 0
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

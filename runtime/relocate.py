@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,3 +30,20 @@ def relocate(value: Any, move: Move) -> Any:
         items = {key: relocate(item, move) for key, item in value.items()}
         return items if type(value) is dict else type(value)(**items)
     return value
+
+
+def tensors_in(value: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor reachable through attributes, lists, tuples and dicts, but not modules, with the way to it."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if id(value) in seen or isinstance(value, str | int | float | bool | type | nn.Module | None):
+        return
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        inside = enumerate(value)
+    else:
+        inside = getattr(value, "__dict__", {}).items()
+    for key, item in inside:
+        yield from tensors_in(item, f"{path}.{key}", seen | {id(value)})

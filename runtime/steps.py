@@ -52,6 +52,23 @@ def forward_and_decode(num_decode_steps: int = 2) -> Steps:
     return run
 
 
+def generation(num_new_tokens: int = 3) -> Steps:
+    """`generate()` itself, greedy: what it does between two forwards is run as well."""
+
+    def run(model: nn.Module, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
+        def decode_from_now_on(*_: Any) -> None:
+            watch.phase = "decode"
+
+        watch.phase = "prefill"
+        handle = model.register_forward_hook(decode_from_now_on)
+        try:
+            return [model.generate(**inputs, max_new_tokens=num_new_tokens, do_sample=False, num_beams=1)]  # type: ignore[operator]
+        finally:
+            handle.remove()
+
+    return run
+
+
 def _result(outputs: Any) -> Any:
     return getattr(outputs, "logits", outputs)
 

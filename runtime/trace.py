@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
 from typing import Any
@@ -21,6 +21,7 @@ from runtime.atoms import Atom, find_atoms
 from runtime.devices import UNLIMITED_BYTES
 from runtime.mismatch import Mismatch, unique
 from runtime.recorder import INPUTS_LABEL, Recorder, storage_id
+from runtime.refusals import explained
 from runtime.relocate import relocate, skip_keys
 from runtime.steps import Steps
 from runtime.twin import make_twin
@@ -57,13 +58,17 @@ class Trace:
     batch_size: int
 
 
-def trace_model(model: nn.Module, inputs: Mapping[str, Any], steps: Steps) -> Trace:
+def trace_model(
+    model: nn.Module, inputs: Mapping[str, Any], steps: Steps, known_groups: Sequence[tuple[Atom, ...]] | None = None
+) -> Trace:
     """The trace of `steps`, which runs a copy of `model` on `inputs` on virtual GPUs.
 
-    Raises: RuntimeError when merging does not settle, which would be our own mistake; whatever the forward raises.
+    Atoms start in the groups of an earlier trace, when those are given, and alone otherwise.
+    Raises: UnsupportedModelError when the model's code refuses the inputs; RuntimeError when merging does not settle,
+    which would be our own mistake.
     """
     batch_size = len(prompt_of(inputs))
-    groups = _first_groups(find_atoms(model))
+    groups = list(known_groups or _first_groups(find_atoms(model)))
     merges: list[Merge] = []
     for num_rounds in range(1, MAX_ROUNDS + 1):
         record, weight_bytes = _run(model, groups, inputs, steps)
@@ -146,7 +151,7 @@ def _merged(groups: list[tuple[Atom, ...]], meetings: Iterable[frozenset[int]]) 
 def _run(
     model: nn.Module, groups: list[tuple[Atom, ...]], inputs: Mapping[str, Any], steps: Steps
 ) -> tuple[Recorder, tuple[int, ...]]:
-    gpus = virtual_gpus([UNLIMITED_BYTES] * len(groups), shape_only=is_shape_only(model))
+    gpus = virtual_gpus([UNLIMITED_BYTES] * len(groups), shape_only=is_shape_only(model), block_bytes=1)
     label_of = {atom.name: label for label, group in enumerate(groups) for atom in group}
     names = ["the inputs", *(group[0].name for group in groups[1:])]
     recorder = Recorder(names, gpus.ledger)
@@ -164,7 +169,7 @@ def _run(
     )
     PROCESS.observer = recorder
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explained(model, inputs, recorder):
             steps(twin, placed, recorder)
             recorder.close_interval()
     finally:
@@ -182,7 +187,14 @@ def _hook(twin: nn.Module, groups: list[tuple[Atom, ...]], recorder: Recorder) -
                 module.register_forward_pre_hook(_arrival(module, label, skipped, recorder), with_kwargs=True)
                 module.register_forward_hook(lambda *_: recorder.leave(), always_call=True)
     home = torch.device("vgpu", INPUTS_LABEL)
-    twin.register_forward_hook(lambda module, args, output: relocate(output, lambda tensor: tensor.to(home)))
+
+    def bring_results(module: nn.Module, args: Any, output: Any) -> Any:
+        recorder.arriving = "results"
+        moved = relocate(output, lambda tensor: tensor.to(home))
+        recorder.arriving = ""
+        return moved
+
+    twin.register_forward_hook(bring_results)
 
 
 def _arrival(module: nn.Module, label: int, skipped: frozenset[str], recorder: Recorder) -> Any:

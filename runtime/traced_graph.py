@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 
 import networkx as nx
 from torch import nn
 
-from planner.graph import INPUTS, Flow, Fusion, Interval, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role
-from planner.polynomial import constant, variable
+from planner.fit import Sample, SampledInterval
+from planner.graph import INPUTS, Flow, Fusion, Home, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role
+from planner.polynomial import Quantities, constant, variable
 from runtime.atoms import tensors_of
 from runtime.recorder import INPUTS_LABEL, Sent, Work
+from runtime.recorder import Interval as RecordedInterval
 from runtime.trace import Trace
 
 
-def graph_of(trace: Trace, model: nn.Module, name: str) -> ModuleGraph:
-    """The module graph that `trace` of `model` shows, for the traced inputs."""
+def sample_of(trace: Trace, model: nn.Module, name: str, quantities: Quantities) -> Sample:
+    """The graph that `trace` of `model` shows, with that run's costs, which the run's `quantities` go with."""
     builder = _Builder(trace, model)
-    return ModuleGraph(
+    graph = ModuleGraph(
         name=name,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         groups=tuple(builder.group(label) for label in builder.labels),
         flows=tuple(builder.flows()),
         fusions=tuple(builder.fusions()),
-        intervals=tuple(builder.intervals()),
+        home=Home(modules=tuple(atom.name for atom in trace.groups[INPUTS_LABEL])),
     )
-
-
-def home_bytes(trace: Trace) -> int:
-    """Most bytes alive at once on the inputs' device, when no group is there to be charged for them."""
-    if trace.groups[INPUTS_LABEL]:
-        return 0
-    return max((interval.peak_bytes[INPUTS_LABEL] for interval in trace.record.intervals), default=0)
+    return Sample(quantities=quantities, graph=graph, intervals=tuple(builder.intervals()))
 
 
 class _Builder:
@@ -48,6 +45,7 @@ class _Builder:
         self._vision = _vision_labels(self.trace, self._embedding)
         self._kv = _cache_growth(self.trace)
         self._copied = _largest_growth(self.trace)
+        self._last_step = max(interval.step for interval in trace.record.intervals if interval.running is not None)
 
     def group(self, label: int) -> ModuleGroup:
         atoms = self.trace.groups[label]
@@ -55,8 +53,10 @@ class _Builder:
         work = self.trace.record.work
         first: Phase = "encode" if label in self._vision else "prefill"
         costs: dict[str, PhaseCost | None] = {
-            first: _cost(work.get((label, "prefill"))),
-            "decode": _cost(work.get((label, "decode")), self._copied.get(label, 0) // self.trace.batch_size),
+            first: _cost(work.get((label, 0))),
+            "decode": _cost(
+                work.get((label, self._last_step or -1)), self._copied.get(label, 0) // self.trace.batch_size
+            ),
         }
         return ModuleGroup(
             id=self.ids[label],
@@ -83,7 +83,7 @@ class _Builder:
         """Each tensor once, with all its consumers."""
         position = {label: i for i, label in enumerate(self.labels)}
         sent: dict[tuple[str, int, int, Phase], list[Sent]] = {}
-        for one in self.trace.record.sent:
+        for one in (sent for sent in self.trace.record.sent if sent.step in (0, self._last_step)):
             sent.setdefault((one.tensor, one.source, one.storage, one.phase), []).append(one)
         for (tensor, source, _, phase), copies in sent.items():
             targets = dict.fromkeys(copy.target for copy in copies)
@@ -127,24 +127,26 @@ class _Builder:
                     reason="a tensor that no module of its own holds goes with the module that reads it",
                 )
 
-    def intervals(self) -> Iterator[Interval]:
-        """Bytes alive beyond weights and cache, wherever there are any."""
+    def intervals(self) -> Iterator[SampledInterval]:
+        """Bytes alive beyond weights and cache in the prefill and in the last decode step."""
         cache = _cache_bytes(self.trace)
         for one in self.trace.record.intervals:
-            held = {
-                self.ids[label]: num_bytes - self.trace.weight_bytes[label] - cache.get((label, one.phase), 0)
-                for label, num_bytes in one.peak_bytes.items()
-                if label in self.ids
-            }
-            arrived = {
-                self.ids[label]: num_bytes for label, num_bytes in one.arrived_bytes.items() if label in self.ids
-            }
-            yield Interval(
-                phase=one.phase,
-                running=self.ids.get(one.running) if one.running is not None else None,
-                held=tuple((name, num_bytes) for name, num_bytes in held.items() if num_bytes > 0),
-                arrived=tuple(arrived.items()) if one.running in self.ids else (),
-            )
+            if one.step in (0, self._last_step):
+                arrived = {self.ids[label]: size for label, size in one.arrived_bytes.items() if label in self.ids}
+                yield SampledInterval(
+                    phase=one.phase,
+                    running=self.ids.get(one.running) if one.running is not None else None,
+                    alive_bytes=tuple(self._alive(one, cache)),
+                    arrived_bytes=tuple(arrived.items()) if one.running in self.ids else (),
+                )
+
+    def _alive(
+        self, interval: RecordedInterval, cache: Mapping[tuple[int, int], int]
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for label, alive_bytes in enumerate(interval.alive_bytes):
+            lasting = self.trace.weight_bytes[label] + cache.get((label, interval.step), 0)
+            if max(alive_bytes) > lasting:
+                yield self.ids.get(label, INPUTS), tuple(num_bytes - lasting for num_bytes in alive_bytes)
 
 
 def _execution_order(trace: Trace) -> list[int]:
@@ -222,13 +224,12 @@ def _cache_tensors(trace: Trace) -> Iterator[tuple[int, int, int, int | None]]:
             yield label, num_bytes, num_bytes - before.get(path, (label, 0))[1], window
 
 
-def _cache_bytes(trace: Trace) -> Mapping[tuple[int, Phase], int]:
-    """Cache bytes per label at the end of prefill and of the decode step; charged as cache, not as activations."""
-    found: dict[tuple[int, Phase], int] = {}
-    phases: tuple[Phase, Phase] = ("prefill", "decode")
-    for phase, cache in zip(phases, trace.record.caches, strict=False):
+def _cache_bytes(trace: Trace) -> Mapping[tuple[int, int], int]:
+    """Cache bytes per label and step, at the step's end; charged as cache, not as activations."""
+    found: Counter[tuple[int, int]] = Counter()
+    for step, cache in enumerate(trace.record.caches):
         for label, num_bytes in cache.values():
-            found[label, phase] = found.get((label, phase), 0) + num_bytes
+            found[label, step] += num_bytes
     return found
 
 
@@ -236,4 +237,9 @@ def _cost(work: Work | None, copied_bytes_per_position: int = 0) -> PhaseCost | 
     if work is None:
         return None
     copied = copied_bytes_per_position * variable("batch") * variable("positions")
-    return PhaseCost(flops=constant(work.flops), read_bytes=constant(work.read_bytes), moments_bytes=(copied,))
+    return PhaseCost(
+        flops=constant(work.flops),
+        read_bytes=constant(work.read_bytes),
+        launches=constant(work.launches),
+        moments_bytes=(copied,),
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 DeviceOf = Callable[[str], torch.device]
@@ -15,21 +16,27 @@ DeviceOf = Callable[[str], torch.device]
 def make_twin(model: nn.Module, device_of: DeviceOf) -> nn.Module:
     """A deep copy of `model` with every parameter and buffer on `device_of(name)`, each copied once.
 
-    A tied parameter whose names are on several devices is there on each of them, as accelerate does it.
+    A tied parameter stays one, on the device of its first name: as such it reaches accelerate's dispatch, which ties
+    again what its hooks took apart. Where its users are on several devices, one of them meets it elsewhere.
     """
     copies: dict[int, Any] = {}
     for name, tensor in _named_tensors(model):
         if id(tensor) not in copies:
             copies[id(tensor)] = _placed(tensor, device_of(name))
-    twin = copy.deepcopy(model, copies)
-    for name, tensor in list(_named_tensors(twin)):
-        device = device_of(name)
-        if tensor.device != device:
-            path, _, leaf = name.rpartition(".")
-            module = twin.get_submodule(path)
-            tensors = module._parameters if leaf in module._parameters else module._buffers
-            tensors[leaf] = _placed(tensor, device)
-    return twin.eval()
+    return copy.deepcopy(model, copies).eval()
+
+
+def let_go(twin: nn.Module) -> None:
+    """Undo what makes a hooked twin refer to itself, so that it dies with its last name and not in a collection.
+
+    A collection looks at every object of the process: on small models it takes longer than the run.
+    """
+    remove_hook_from_submodules(twin)
+    for module in twin.modules():
+        # accelerate puts back the class's own method, but bound and on the instance.
+        module.__dict__.pop("forward", None)
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -34,11 +34,15 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A readable folder: its config, and every weight's header by name."""
+    """A readable folder: its config, and every weight's header by name.
+
+    `pickles` are its weight files where they are pickles, of which no header can be read without loading them.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
+    pickles: tuple[Path, ...] = ()
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -73,6 +77,32 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors |= _read_headers(shard)
     _compare_with_index(folder, tensors)
     return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is a weight file, or the index of some, in any form."""
+    return _has_safetensors(folder) or bool(_pickles(folder))
+
+
+def holds_pickles_alone(folder: Path) -> bool:
+    """Whether the weights in `folder` are pickles."""
+    return not _has_safetensors(folder) and bool(_pickles(folder))
+
+
+def pickled_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder of pickles, which are not opened.
+
+    Raises: SourceError when the config cannot be read.
+    """
+    return Checkpoint(folder=folder, config=read_json(folder / "config.json"), tensors={}, pickles=_pickles(folder))
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
+
+
+def _pickles(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(folder.glob("pytorch_model*.bin")))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,11 +162,11 @@ def _shard_paths(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE_NAME).exists():
         return [folder / SINGLE_NAME]
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    pickles = _pickles(folder)
     if pickles:
         raise SourceError(
-            f"{folder} holds pickled weights ({_some(pickles)}), which can run code when opened. Turn them into "
-            f"safetensors first: plan-devices convert {folder} OUT"
+            f"{folder} holds pickled weights ({_some(path.name for path in pickles)}), which can run code when opened. "
+            f"Turn them into safetensors first: plan-devices convert {folder} OUT"
         )
     raise SourceError(f"{folder} holds no weights: expected {SINGLE_NAME} or {INDEX_NAME} and its shards")
 

@@ -108,6 +108,18 @@ def convert_checkpoint(
     return Conversion(folder=target, shards=shards, copied=copied)
 
 
+def open_pickles(source: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a pickle checkpoint by name, still on disk where the files are of torch 1.6 or newer.
+
+    Raises: SourceError when the source is not such a checkpoint, or is damaged or hostile.
+    """
+    keys_of_shard = _keys_of_shard(source)
+    _refuse_unreadable(source / name for name in keys_of_shard)
+    return {
+        key: tensor for name, keys in keys_of_shard.items() for key, tensor in _load_tensors(source / name, keys).items()
+    }
+
+
 def _refuse_target(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise SourceError(f"the target {target} exists: nothing is overwritten. Choose another name or remove it")

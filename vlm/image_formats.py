@@ -94,6 +94,11 @@ class ImageRequest:
         factors += [2] * (("insert_layer_id" in vars(self.vision)) + ("image_merge_sizes" in self.parameters))
         return math.prod(factor for factor in factors if isinstance(factor, int))
 
+    @property
+    def step_px(self) -> int:
+        """Sizes that the model can merge are multiples of this."""
+        return self.patch_px * self.merge_factor
+
     def noise(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator) * 2 - 1
 
@@ -330,5 +335,5 @@ def fitted_size(request: ImageRequest, asked: int | tuple[int, int] | None = Non
     if native is not None and (asked is None or not form.any_size):
         return as_pair(native)
     height, width = as_pair(asked or DEFAULT_SIDE_PX)
-    step = 1 if form is TILES else request.patch_px * request.merge_factor
+    step = 1 if form is TILES else request.step_px
     return max(step, round(height / step) * step), max(step, round(width / step) * step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,40 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attribut
 """What vision code raises when pixels come in a layout that it does not take."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """Images of one kind for every sample, in the form that a model takes, and what they amount to per sample.
+
+    `patches` are the encoder's, `image_tokens` positions of the prompt. `step_px` is what `height` and `width` are
+    multiples of; `any_size` says that other sizes may be asked for.
+    """
+
+    request: ImageRequest
+    pixels: Pixels
+    image_tokens: int
+
+    @property
+    def patches(self) -> int:
+        return _num_patches(self.request, self.pixels) // self.request.batch_size
+
+    @property
+    def any_size(self) -> bool:
+        return image_format(self.request).any_size
+
+    def inputs(self, text_tokens: int, *, pad: bool = False, seed: int = 0) -> Inputs:
+        """Arguments of a prefill of these pictures and `text_tokens` tokens per sample.
+
+        With `pad` the last token but one of the first sample is masked: there is a mask then, as for uneven prompts.
+        Raises: ValueError for too little text.
+        """
+        request = replace(self.request, generator=torch.Generator().manual_seed(seed))
+        ids, at_image = _prompt(request, self.image_tokens, text_tokens)
+        inputs = _text_inputs(request, ids, at_image) | _side_inputs(request, ids, self.pixels) | self.pixels
+        if pad and "attention_mask" in inputs:
+            inputs["attention_mask"][0, -2:-1] = 0
+        return {name: value for name, value in inputs.items() if name in request.parameters}
+
+
 def example_inputs(
     model_or_config: PreTrainedModel | PreTrainedConfig,
     *,
@@ -54,15 +88,32 @@ def example_inputs(
     text_tokens: int = 32,
     image_size: int | tuple[int, int] | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
 ) -> Inputs:
     """Keyword arguments of a prefill: `batch_size` samples of `text_tokens` tokens and `num_images` images each.
 
     A sample is `text_tokens` plus the positions of its images long; tokens that delimit an image count as text.
-    `image_size` is (height, width) in pixels, rounded to what the model can merge; a fixed size ignores it.
     Integers and booleans mean what they say, pixels are float32 noise.
 
-    Raises: UnsupportedModelError when the vision path takes none of the known layouts; ValueError for too little text.
+    Raises: as `example_pictures`; ValueError for too little text.
+    """
+    pictures = example_pictures(
+        model_or_config, batch_size=batch_size, num_images=num_images, image_size=image_size, seed=seed
+    )
+    return pictures.inputs(text_tokens, seed=seed)
+
+
+def example_pictures(
+    model_or_config: PreTrainedModel | PreTrainedConfig,
+    *,
+    batch_size: int = 1,
+    num_images: int = 1,
+    image_size: int | tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Pictures:
+    """`num_images` images for each of `batch_size` samples.
+
+    `image_size` is (height, width) in pixels, rounded to what the model can merge; a fixed size ignores it.
+    Raises: UnsupportedModelError when the vision path takes none of the known layouts.
     """
     config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
     probe = _probe(model_or_config)
@@ -70,10 +121,8 @@ def example_inputs(
     _check_num_images(request)
     height, width = fitted_size(request, image_size)
     request = replace(request, height=height, width=width)
-    pixels, num_positions = _accepted_pixels(probe, request)
-    ids, at_image = _prompt(request, num_positions, text_tokens)
-    inputs = _text_inputs(request, ids, at_image) | _side_inputs(request, ids, pixels) | pixels
-    return {name: value.to(device) for name, value in inputs.items() if name in request.parameters}
+    pixels, num_positions = _accepted_pixels(probe, request) if num_images else ({}, 0)
+    return Pictures(request=request, pixels=pixels, image_tokens=num_positions)
 
 
 def encode_inputs(model: PreTrainedModel, inputs: Inputs) -> Inputs:
@@ -91,16 +140,20 @@ def encode_inputs(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def cache_inputs(model: PreTrainedModel) -> Inputs:
-    """What makes a prefill keep a cache, as generate() asks for it; nothing for a forward that takes none.
+    """What generate() adds to a prefill: a cache, and that the last position's logits will do, where a forward can.
 
     An empty cache, because some forwards fill one but make none; encoder-decoders make their own pair.
     """
     names = _parameters(model.forward)
-    if not model.can_generate() or "use_cache" not in names and "past_key_values" not in names:
+    if not model.can_generate():
         return {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+    if "use_cache" not in names and "past_key_values" not in names:
+        return last
     if model.config.is_encoder_decoder or "past_key_values" not in names:
-        return {"use_cache": True}
-    return {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True)), "use_cache": True}
+        return {"use_cache": True} | last
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return {"past_key_values": cache, "use_cache": True} | last
 
 
 def decode_inputs(
@@ -223,6 +276,14 @@ def _accepted_pixels(probe: PreTrainedModel, request: ImageRequest) -> tuple[Pix
         return pixels, fixed * request.num_images or num_rows // request.batch_size
     name = type(probe).__name__
     raise UnsupportedModelError(f"{name} takes images in none of the layouts known here.\n" + "\n".join(refusals))
+
+
+def _num_patches(request: ImageRequest, pixels: Pixels) -> int:
+    """Patches of all images together, padding included."""
+    if "image_grid_thw" in pixels:  # a picture's pixels are there once per frame of a patch
+        return int(pixels["image_grid_thw"].prod(-1).sum())
+    values = max((tensor.numel() for tensor in pixels.values() if tensor.is_floating_point()), default=0)
+    return values // request.patch_values
 
 
 @torch.no_grad()

@@ -1,177 +1,180 @@
-"""What MODEL stands for: a folder or a catalogue name, its facts, and from them the graph and counts of a workload.
+"""What MODEL stands for: a folder, a catalogue name or a hub id, and from it the graph and counts of a workload.
 
-Torch-free. An existing path wins over the catalogue.
+Torch-free. An existing path wins over the catalogue, and that over the hub.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from planner.errors import ConstraintError, SourceError, UnsupportedModelError
+from planner.errors import SourceError, UnsupportedModelError
 from planner.graph import ModuleGraph
 from planner.polynomial import Quantities
 from planner.workload import Workload
 from vlm.catalogue import lookup
-from vlm.checkpoint import Checkpoint, read_checkpoint
-from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts
-from vlm.internlm_xcomposer2.graph import Precision, build_graph
+from vlm.checkpoint import (
+    Checkpoint,
+    has_weights,
+    holds_pickles_alone,
+    pickled_checkpoint,
+    read_checkpoint,
+    read_json,
+)
+from vlm.cost_library import CostLibrary
+from vlm.internlm_xcomposer2 import planned
+from vlm.traced import TracedModel, Tracer
 
-ARCHITECTURES = ("InternLMXComposer2ForCausalLM", "InternLM2ForCausalLM")
 
-OPTIONAL_WEIGHTS = (f"{VISION}.post_layernorm.weight", f"{VISION}.post_layernorm.bias")
-"""Never used by the forward, and absent from some official checkpoints (lmdeploy materialises them by hand)."""
+class Model(Protocol):
+    """A model that can be planned. `checkpoint` is None where there are no weights: a catalogue name, a bare config."""
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def origin(self) -> Literal["folder", "catalogue", "hub"]: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def default_dtype(self) -> str: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def checkpoint(self) -> Checkpoint | None: ...
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A model that can be planned. `checkpoint` is None for a catalogue name."""
+    @property
+    def has_images(self) -> bool:
+        """Whether the model sees."""
 
-    name: str
-    origin: Literal["folder", "catalogue"]
-    facts: InternLM2Facts
-    default_dtype: str
-    config: Mapping[str, Any]
-    checkpoint: Checkpoint | None = None
+    @property
+    def fixed_image_px(self) -> tuple[int, int] | None:
+        """Width and height that every picture is resized to; None where any size will do."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The context that the model was made for."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal for any two sources of the same architecture at the same size: a hash of weight names and shapes."""
-        shapes = json.dumps([self.facts.architecture, *self.facts.tensor_shapes().items()])
-        return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+        """Equal for any two sources of the same architecture at the same size."""
 
     def resolved(self, workload: Workload) -> Workload:
         """`workload` with every "auto" and default decided for this model.
 
         Raises: ConstraintError when `max_model_len` is shorter than the request.
         """
-        dtype = self.default_dtype if workload.dtype == "auto" else workload.dtype
-        images = workload.num_images if self.facts.vision else 0
-        needed = workload.prompt_tokens + images * self._image_tokens + workload.new_tokens
-        length = needed if workload.max_model_len is None else workload.max_model_len
-        if length < needed:
-            raise ConstraintError(
-                f"max_model_len {length} is shorter than the request: {workload.prompt_tokens} prompt + "
-                f"{images * self._image_tokens} image + {workload.new_tokens} new = {needed} positions. "
-                f"Raise --max-model-len to {needed} or ask for less."
-            )
-        kv_dtype = dtype if workload.kv_dtype == "auto" else workload.kv_dtype
-        if kv_dtype != dtype:
-            raise ConstraintError(
-                f"kv_dtype {kv_dtype} with dtype {dtype}: the cache keeps keys and values in the model's dtype. "
-                "Leave kv_dtype at auto."
-            )
-        return replace(workload, dtype=dtype, kv_dtype=kv_dtype, num_images=images, max_model_len=length)
 
     def quantities(self, workload: Workload) -> Quantities:
         """The counts of a resolved workload."""
-        vision = self.facts.vision
-        return Quantities(
-            batch=workload.batch_size,
-            images=workload.num_images,
-            patches=workload.num_images * vision.sequence_length if vision else 0,
-            text_tokens=workload.prompt_tokens,
-            image_tokens=workload.num_images * self._image_tokens,
-            positions=workload.max_model_len or 0,
-        )
 
     def graph(self, workload: Workload) -> ModuleGraph:
         """The module graph in the dtypes and attention of a resolved workload."""
-        precision = Precision(
-            dtype=workload.dtype,
-            kv_dtype=workload.kv_dtype,
-            padded=workload.batch_size > 1,
-            eager=workload.attention == "eager",
-        )
-        return build_graph(self.name, self.facts, precision)
-
-    @property
-    def _image_tokens(self) -> int:
-        return self.facts.vision.image_tokens if self.facts.vision else 0
 
 
-def find_model(name_or_path: str) -> Model:
-    """The model that MODEL stands for.
+Fetch = Callable[[str], Checkpoint]
+"""Reads the config and weight headers of a model on the hub, by its id."""
 
-    Raises: SourceError for an unknown name or a folder that cannot be read; UnsupportedModelError for an architecture
-    that is not known.
+
+def find_model(name_or_path: str, find_costs: Tracer | None = None, fetch: Fetch | None = None) -> Model:
+    """The model that MODEL stands for: an existing path, else a name of the catalogue, else an id on the hub.
+
+    `find_costs` answers for architectures whose graph is not written down; without it only costs that ship are known.
+    Without `fetch` nothing is looked up on the hub.
+    Raises: SourceError for an unknown name or a folder that cannot be read; UnsupportedModelError for a config that
+    names no architecture.
     """
-    path, exists = _looked_up(name_or_path)
-    if exists or name_or_path.startswith((".", "/", "~")):
-        if not exists:
-            raise SourceError(f"there is no folder {name_or_path}: check the path, or give a name from the catalogue")
-        return _from_folder(path)
-    entry = lookup(name_or_path)
-    facts = InternLM2Facts.from_config(entry.config, f"catalogue entry {entry.name}")
+    find_costs = find_costs or CostLibrary().find
+    path = path_of(name_or_path)
+    if path is not None:
+        return _from_folder(path, find_costs)
+    if name_or_path.startswith((".", "/", "~")):
+        raise SourceError(f"there is no folder {name_or_path}: check the path, or give a name from the catalogue")
+    try:
+        entry = lookup(name_or_path)
+    except SourceError:
+        if fetch is None or "/" not in name_or_path:
+            raise
+        return _from_hub(fetch(name_or_path), find_costs)
     name = name_or_path.strip().lower().rpartition("/")[2]
-    return Model(name=name, origin="catalogue", facts=facts, default_dtype=entry.dtype, config=entry.config)
+    architecture = entry.config["architectures"][0]
+    if architecture in planned.ARCHITECTURES:
+        return planned.catalogued(name, entry.config, entry.dtype)
+    return TracedModel(
+        name=name,
+        origin="catalogue",
+        architecture=architecture,
+        default_dtype=entry.dtype,
+        config=entry.config,
+        find_costs=find_costs,
+        catalogue_stem=entry.name,
+    )
 
 
-def _looked_up(name_or_path: str) -> tuple[Path, bool]:
-    """MODEL as a path, and whether it is there; a name that is no possible path is not."""
+def path_of(name_or_path: str) -> Path | None:
+    """MODEL as a path where there is one; a name that is no possible path is not."""
     try:
         path = Path(name_or_path).expanduser()
-        return path, path.exists()
+        return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):
-        return Path(name_or_path), False
+        return None
 
 
-def _from_folder(folder: Path) -> Model:
-    checkpoint = read_checkpoint(folder)
-    where = str(folder / "config.json")
-    config = {**checkpoint.config, "architectures": [_architecture(checkpoint)]}
-    facts = InternLM2Facts.from_config(config, where)
-    _compare_headers(checkpoint, facts)
-    stored = checkpoint.dtype
-    return Model(
+def _from_folder(folder: Path, find_costs: Tracer) -> Model:
+    if holds_pickles_alone(folder):
+        checkpoint = pickled_checkpoint(folder)
+    elif folder.is_file() or has_weights(folder):
+        checkpoint = read_checkpoint(folder)
+    else:
+        checkpoint = None
+    config = checkpoint.config if checkpoint else read_json(folder / "config.json")
+    architecture = _architecture(config, checkpoint, folder / "config.json")
+    if architecture in planned.ARCHITECTURES and checkpoint:
+        # Compared with the config by their headers, which pickles do not have: reading them as safetensors says so.
+        return planned.from_checkpoint(read_checkpoint(folder) if checkpoint.pickles else checkpoint, architecture)
+    return TracedModel(
         name=folder.resolve().name,
         origin="folder",
-        facts=facts,
-        default_dtype=stored if stored in ("float16", "bfloat16") else "float16",
+        architecture=architecture,
+        default_dtype=_stored_dtype(config, checkpoint),
         config=config,
+        find_costs=find_costs,
         checkpoint=checkpoint,
     )
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
-    """The architecture that the config names, else the one that the weights' names show.
-
-    Official configs say model_type `internlm2` for both families, so that key decides nothing.
-    """
-    named = checkpoint.config.get("architectures") or []
-    if not isinstance(named, list):
-        raise SourceError(f"{checkpoint.folder / 'config.json'}: architectures is {named!r}, not a list of class names")
-    if named and named[0] in ARCHITECTURES:
-        return str(named[0])
-    if not named and any(".attention.wqkv." in name for name in checkpoint.tensors):
-        return ARCHITECTURES[0 if any(name.startswith("vit.") for name in checkpoint.tensors) else 1]
-    shown = f"architectures {named!r}" if named else "no architectures, and weights of no known layout"
-    raise UnsupportedModelError(
-        f"{checkpoint.folder / 'config.json'} has {shown}: this version plans {' and '.join(ARCHITECTURES)}"
+def _from_hub(checkpoint: Checkpoint, find_costs: Tracer) -> Model:
+    architecture = _architecture(checkpoint.config, checkpoint, checkpoint.folder / "config.json")
+    if architecture in planned.ARCHITECTURES:
+        return replace(planned.from_checkpoint(checkpoint, architecture), origin="hub")
+    return TracedModel(
+        name=checkpoint.folder.name,
+        origin="hub",
+        architecture=architecture,
+        default_dtype=_stored_dtype(checkpoint.config, checkpoint),
+        config=checkpoint.config,
+        find_costs=find_costs,
+        checkpoint=checkpoint,
     )
 
 
-def _compare_headers(checkpoint: Checkpoint, facts: InternLM2Facts) -> None:
-    expected = facts.tensor_shapes()
-    found = checkpoint.tensors
-    missing = [name for name in expected if name not in found and name not in OPTIONAL_WEIGHTS]
-    wrong = [
-        f"{name} is {list(found[name].shape)}, the config says {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    unexpected = [name for name in found if name not in expected and "rotary_emb" not in name]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for what, names in (("weights missing", missing), ("of another shape", wrong), ("unknown", unexpected))
-        if names
-    ]
-    if problems:
-        raise SourceError(
-            f"{checkpoint.folder}: the weights are not those of its config. {'; '.join(problems)}. "
-            "Download config and shards from the same revision."
-        )
+def _stored_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) -> str:
+    """What most weights are stored in, else what the config says, where that is a 16-bit dtype."""
+    stored = (checkpoint and checkpoint.dtype) or str(config.get("dtype") or config.get("torch_dtype"))
+    return stored if stored in ("float16", "bfloat16") else "bfloat16"
+
+
+def _architecture(config: Mapping[str, Any], checkpoint: Checkpoint | None, where: Path) -> str:
+    """The architecture that the config names, else the one that the weights' names show, else that of its type."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise SourceError(f"{where}: architectures is {named!r}, not a list of class names")
+    if named:
+        return str(named[0])
+    shown = planned.architecture_of_layout(checkpoint.tensors) if checkpoint else None
+    if shown or isinstance(config.get("model_type"), str):
+        return shown or ""
+    raise UnsupportedModelError(
+        f"{where} has no architectures, no model_type, and weights of no known layout: nothing says what model it is"
+    )

@@ -12,6 +12,7 @@ from planner.errors import PlannerError, SourceError
 
 COMMANDS = {
     "plan": "place a model's modules on GPUs (the default command)",
+    "check": "say what a device map will break, where and why, and repair it",
     "convert": "turn a folder of pickled weights into safetensors",
     "machine": "print the GPUs of this machine, or what --gpus means",
     "models": "list the models that are known by name",

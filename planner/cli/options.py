@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from planner.errors import MachineError
 from planner.machine import Machine
 from planner.units import parse_bytes
+from planner.workload import Workload
+
+if TYPE_CHECKING:
+    from vlm.model import Model
+    from vlm.traced import TracedCosts, TracedModel
 
 Value = TypeVar("Value")
 
@@ -26,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--gpus, --machine, --reserve, --context and --max-memory."""
+    """--gpus, --machine, --devices, --reserve, --context and --max-memory."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--gpus", type=machine_spec, metavar="SPEC", help="such as 2x24GiB, 24GiB,12GiB or rtx4090,a100-80g"
@@ -34,6 +42,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--machine", type=Path, metavar="FILE", help="machine file (YAML); without either, the GPUs here"
     )
+    parser.add_argument("--devices", type=names, metavar="0,2", help="use these of the machine's devices only")
     parser.add_argument("--reserve", type=size, metavar="SIZE", help="kept free on every device (default 512MiB)")
     parser.add_argument("--context", type=size, metavar="SIZE", help="CUDA context on every device (default 500MiB)")
     parser.add_argument(
@@ -59,9 +68,44 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
         from runtime.probe import probe_machine
 
         machine = probe_machine()
+    if arguments.devices is not None:
+        machine = machine.only(map(machine.position, arguments.devices))
     machine = machine.with_overheads(context_bytes=arguments.context, reserve_bytes=arguments.reserve)
     limits = [pair for pairs in arguments.max_memory for pair in pairs]
     return machine.limited({machine.position(device): num_bytes for device, num_bytes in limits})
+
+
+def model_from(name: str, *, quiet: bool = False) -> Model:
+    """What MODEL stands for; costs of architectures whose graph is not on file come from the cache, or from a trace.
+
+    Raises: SourceError and UnsupportedModelError as `find_model` does.
+    """
+    from vlm.cost_library import CostLibrary
+    from vlm.model import find_model
+
+    def trace(model: TracedModel, workload: Workload) -> TracedCosts:
+        from runtime.costs import trace_costs
+
+        if not quiet:
+            print(f"Tracing {model.name} on virtual GPUs; the result is kept in {folder}", file=sys.stderr)
+        return trace_costs(model, workload)
+
+    folder = cache_folder()
+    return find_model(name, CostLibrary(folder, trace).find)
+
+
+def names_a_file(name: str) -> bool:
+    """Whether MODEL is a file here; a name that is no possible path is not."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def cache_folder() -> Path:
+    """Where costs and proofs are kept between runs: $PLAN_DEVICES_CACHE, or a folder in the user's own cache."""
+    chosen = os.environ.get("PLAN_DEVICES_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "plan-devices"
 
 
 def machine_spec(text: str) -> Machine:
@@ -70,6 +114,25 @@ def machine_spec(text: str) -> Machine:
         return Machine.parse(text)
     except MachineError as problem:
         raise argparse.ArgumentTypeError(str(problem)) from problem
+
+
+def names(text: str) -> list[str]:
+    """`0,2` or `a/cuda:0,b/cuda:1` as device names."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty item: write devices such as 0,2")
+    return found
+
+
+def seconds(text: str) -> float:
+    """A number of seconds of zero or more."""
+    try:
+        found = float(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds: write 10 or 0.5") from problem
+    if not 0 <= found < inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait: write a number of seconds, such as 10")
+    return found
 
 
 def size(text: str) -> int:

@@ -6,21 +6,27 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 
+from planner.alternatives import alternatives
 from planner.cli import options
+from planner.cli.outputs import check_output, write_output
+from planner.cli.proof import proven
 from planner.constraints import Constraints
-from planner.errors import ConstraintError, SourceError
+from planner.errors import ConstraintError
+from planner.html_report import plan_page
 from planner.machine import Machine
 from planner.plan import Plan
-from planner.report import report
-from planner.textfile import dump_mapping, write_atomically
+from planner.problem import Objective
+from planner.report import alternatives_table, report
+from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype, Workload
-from vlm.model import Model, find_model
-from vlm.planning import plan_for
+from vlm.model import Model
+from vlm.planning import plan_of, problem_for
 
 FORMATS = ("yaml", "json", "device-map")
 
@@ -28,22 +34,37 @@ FORMATS = ("yaml", "json", "device-map")
 def run(argv: Sequence[str]) -> int:
     """Plan, write the result, and explain it."""
     arguments = _parser().parse_args(argv)
-    _check_output(arguments)
-    model = find_model(arguments.model)
+    check_output(arguments.output, force=arguments.force)
+    check_output(arguments.report, force=arguments.force)
+    if options.names_a_file(arguments.model):
+        from planner.cli import graph_file
+
+        return graph_file.run(arguments)
+    model = options.model_from(arguments.model, quiet=arguments.quiet)
     machine = options.machine_from(arguments)
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
     for note in _notes(model, arguments):
         console.print(note, markup=False)
-    constraints = Constraints(pins=_pins(machine, arguments.pin), split_vision=arguments.split_vision)
-    plan = plan_for(model, machine, _workload(model, arguments), constraints)
-    if arguments.prove:
-        from runtime.proving import prove
-
-        plan = prove(model, plan)
+    constraints = Constraints(
+        pins=_pins(machine, arguments.pin),
+        split_vision=arguments.split_vision,
+        all_devices=arguments.all_devices,
+    )
+    workload = _workload(model, arguments)
+    problem = replace(problem_for(model, machine, workload, constraints), objective=arguments.objective or "balance")
+    plan = plan_of(model, problem, workload, constraints, arguments.time_limit)
+    if arguments.no_proof:
+        plan = replace(plan, proof={"status": "skipped"})
+    else:
+        plan = proven(model, plan, console, anew=arguments.prove)
     _write(_rendered(plan, arguments.format), arguments.output)
+    if arguments.report is not None:
+        write_output(plan_page(plan, model.graph(plan.workload)), arguments.report)
     console.print(report(plan))
-    longest = model.facts.max_position_embeddings
-    if plan.quantities.positions > longest:
+    if not arguments.quiet:
+        console.print(alternatives_table(alternatives(problem, arguments.time_limit), plan.solver.objective))
+    longest = model.max_positions
+    if longest is not None and plan.quantities.positions > longest:
         console.print(f"{plan.quantities.positions} positions are more than the {longest} the model was made for")
     if arguments.output:
         console.print(f"Plan written to {arguments.output}", markup=False)
@@ -52,7 +73,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(prog="plan-devices", description="Plan which GPU each module of MODEL goes to.")
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a name from `plan-devices models`")
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder, a name from `plan-devices models`, or a module-graph file"
+    )
     options.add_machine_arguments(parser)
     work = parser.add_argument_group("workload")
     work.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
@@ -70,12 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("placement")
     where.add_argument("--pin", type=options.pin, action="append", default=[], metavar="MODULE=DEVICE")
     where.add_argument("--split-vision", action="store_true", help="let the vision encoder leave the token embedding")
-    where.add_argument("--prove", action="store_true", help="run the plan at full size on virtual GPUs (needs torch)")
+    where.add_argument(
+        "--objective",
+        choices=get_args(Objective),
+        help="most room on all GPUs (default), shortest answer, most answers per second, or fewest GPUs",
+    )
+    where.add_argument("--all-devices", action="store_true", help="leave no device empty, whatever that costs")
+    where.add_argument(
+        "--time-limit", type=options.seconds, metavar="S", help="then take the best placement found, with its gap"
+    )
+    proof = where.add_mutually_exclusive_group()
+    proof.add_argument("--prove", action="store_true", help="run the plan at full size even where a proof is on file")
+    proof.add_argument("--no-proof", action="store_true", help="make no run to prove the plan, and say so in it")
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here instead of stdout")
     out.add_argument("--force", action="store_true", help="overwrite FILE")
     out.add_argument("--format", choices=FORMATS, default="yaml")
     out.add_argument("--json", dest="format", action="store_const", const="json", help="same as --format json")
+    out.add_argument("--report", type=Path, metavar="FILE.html", help="one self-contained page with a picture")
     out.add_argument("--quiet", action="store_true", help="no reasoning on stderr")
     return parser
 
@@ -90,7 +125,7 @@ def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
     images = arguments.num_images
-    if images and model.facts.vision is None:
+    if images and not model.has_images:
         raise ConstraintError(f"--num-images {images}: {model.name} is a language model and takes no images")
     try:
         return Workload(
@@ -110,9 +145,9 @@ def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
 def _notes(model: Model, arguments: argparse.Namespace) -> list[str]:
     where = arguments.model if model.origin == "folder" else "the catalogue"
     notes = [f"{model.name}: {model.origin} ({where})" if model.origin == "folder" else f"{model.name}: from {where}"]
-    if arguments.image_size and model.facts.vision:
-        side = model.facts.vision.image_size
-        notes.append(f"--image-size changes nothing: {model.name} resizes every picture to {side}x{side}")
+    if arguments.image_size and model.fixed_image_px:
+        width, height = model.fixed_image_px
+        notes.append(f"--image-size changes nothing: {model.name} resizes every picture to {width}x{height}")
     return notes
 
 
@@ -127,28 +162,8 @@ def _rendered(plan: Plan, form: str) -> str:
     return plan.to_yaml()
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
-    """Say what is wrong with -o before any work is done."""
-    output: Path | None = arguments.output
-    if output is None:
-        return
-    try:
-        exists = output.exists()
-    except OSError as problem:
-        raise SourceError(f"{output} cannot be written: {problem.strerror}") from problem
-    if exists and output.is_dir():
-        raise ConstraintError(f"{output} is a folder: name a file in it with -o")
-    if exists and not arguments.force:
-        raise ConstraintError(f"{output} exists: choose another -o FILE, or overwrite it with --force")
-    if not output.parent.is_dir():
-        raise ConstraintError(f"{output.parent} is no folder: create it before writing {output.name} there")
-
-
 def _write(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
-        return
-    try:
-        write_atomically(output, text)
-    except OSError as problem:
-        raise SourceError(f"{output} cannot be written: {problem.strerror}") from problem
+    else:
+        write_output(text, output)

@@ -1,245 +1,191 @@
-"""Exact `balance` placement of a chain of units on unequal devices, by dynamic programming.
+"""Exact placement of a chain of units on unequal devices, for every objective, by dynamic programming.
 
-A placement cuts the units, in execution order, into one contiguous stage per used device. For any bar (so many extra KV
-positions, so much memory left free) each device may end its stage at certain ends from every start, and "can the rest
-be covered by these devices?" is a small recursion over how many devices of each class are left. Growing a stage hardly
-ever makes it smaller (only where a copy between two of its groups falls away); where it never does, those ends are one
-run. The best bar is found by bisection over the values that stages can take, hence exactly. Devices with equal memory
-and overheads form a class: eight equal GPUs cost as much as one with a counter to eight.
+A placement cuts the units, in execution order, into one contiguous stage per used device, devices in any order. The
+recursion is over how many devices of each class are left: eight equal GPUs cost as much as one with a counter to eight,
+sixteen that all differ 65,536 sets. Above `MAX_STATES` sets, or when time is short, only a few orders of devices are
+tried, and the answer carries its distance from a bound.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import time
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
-from itertools import product
-from typing import TypeVar
+from dataclasses import replace
+from math import prod
+
+import numpy as np
 
 from planner.errors import ConstraintError
-from planner.machine import Device
-from planner.memory import WORKSPACE_BYTES, StageLoad
-from planner.problem import PlacedStage, Problem, Solution
+from planner.problem import TIMED, PlacedStage, Problem, Solution, Status, evaluate
+from planner.solve.bounds import unlimited_bound
+from planner.solve.search import Bar, Search
+from planner.solve.segments import Segments
+from planner.solve.states import Ints, OutOfTime, States
 
-Counts = tuple[int, ...]
-Ends = list[list[int]]
-"""Per class and start, the ends of a stage that starts there, as a bit set."""
-Bar = Callable[[int, int, "DeviceClass"], bool]
-Value = TypeVar("Value")
+MAX_STATES = 2**17
+"""Sets of devices that are searched to the end: seconds, and some 100 MB."""
 
-NO_KV = 2**62
-"""Extra positions of a stage without KV cache: more than any machine holds."""
-
-
-class DeviceClass:
-    """Devices that are interchangeable: equal memory, equal overheads, and neither is named by a pin alone."""
-
-    def __init__(self, positions: Sequence[int], device: Device, base_bytes: int) -> None:
-        self.positions = tuple(positions)
-        self.memory_bytes = device.memory_bytes
-        overhead_bytes = device.context_bytes + device.reserve_bytes + WORKSPACE_BYTES
-        self.capacity_bytes = device.memory_bytes - overhead_bytes - base_bytes
+METHOD = "chain-dp"
+UNFINISHED = "chain-dp, some orders of devices"
+OUT_OF_TIME = "chain-dp, out of time: not reproducible"
 
 
-def solve(problem: Problem) -> Solution:
-    """The placement of most extra KV positions; ties by largest smallest free fraction, then lower device index.
+def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
+    """The best placement for the problem's objective; ties as `planner.solve.search` says.
 
-    As many devices are used as legally possible. When nothing fits, the solution is INFEASIBLE and holds the
-    placement that lacks the fewest bytes on its worst device.
-    Raises: ConstraintError when pins exclude every placement.
+    When nothing fits, the solution is INFEASIBLE and holds the placement that lacks the fewest bytes on its worst
+    device. It is FEASIBLE, with a bound, where not every set of devices could be tried, or links that differ leave a
+    tensor's way open.
+    Raises: ConstraintError when pins or forbidden links exclude every placement, or a timed objective meets a device of
+    unknown speed.
     """
-    chain = _Chain(problem)
-    options = chain.largest_feasible(chain.bar(extra=0))
-    if not options:
-        return chain.nearest_misfit()
-    extra = _best(chain.extra_values(), lambda value: chain.coverable(options, chain.bar(extra=value)))
-    free = _best(
-        chain.free_fractions(extra), lambda value: chain.coverable(options, chain.bar(extra=extra, free=value))
-    )
-    stages = chain.stages(options, chain.bar(extra=extra, free=free))
-    return Solution(status="OPTIMAL", stages=stages, extra_positions=extra, bound=extra, method="chain-dp")
+    return _Chain(problem, time_limit_s).solution()
+
+
+def fits(problem: Problem) -> bool:
+    """Whether any placement fits."""
+    return _Chain(replace(problem, objective="fewest"), None).holds()
 
 
 class _Chain:
-    """The loads of every contiguous run of units, and the questions asked about them."""
+    """One problem, and the searches that together answer it: one per order of devices and place of the hub."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._units = problem.units
-        self._classes = _device_classes(problem)
-        self._bytes, self._kv = _segment_loads(problem)
-        self._grows = [row[start + 1 :] == sorted(row[start + 1 :]) for start, row in enumerate(self._bytes)]
-
-    def bar(self, *, extra: int, free: Fraction = Fraction(0), relief_bytes: int = 0) -> Bar:
-        """Whether the units [start, end) on a device leave room for `extra` positions and the fraction `free`.
-
-        `relief_bytes` pretends that every device had so much more memory.
-        """
-
-        def holds(start: int, end: int, kind: DeviceClass) -> bool:
-            left = kind.capacity_bytes + relief_bytes - self._bytes[start][end]
-            return left >= extra * self._kv[start][end] and left >= free * kind.memory_bytes
-
-        return holds
-
-    def largest_feasible(self, bar: Bar) -> list[Counts]:
-        """The ways to use as many devices as can all be given something, or none when nothing fits."""
-        by_size: dict[int, list[Counts]] = {}
-        for counts in product(*(range(len(kind.positions) + 1) for kind in self._classes)):
-            by_size.setdefault(sum(counts), []).append(counts)
-        cover = self._cover(bar)
-        for size in sorted(by_size, reverse=True):
-            feasible = [counts for counts in by_size[size] if cover(counts) & 1]
-            if feasible:
-                return feasible
-        return []
-
-    def coverable(self, options: list[Counts], bar: Bar) -> bool:
-        """Whether any of these device counts covers all units under `bar`."""
-        cover = self._cover(bar)
-        return any(cover(counts) & 1 for counts in options)
-
-    def stages(self, options: list[Counts], bar: Bar) -> tuple[PlacedStage, ...]:
-        """The placement that takes, stage by stage, the device of lowest index and then the longest run."""
-        cover, ends = self._cover(bar), self._ends(bar)
-        waiting = [list(kind.positions) for kind in self._classes]
-        placed: list[PlacedStage] = []
-        start = 0
-        while start < len(self._units):
-            kind, end, options = next(self._next_stages(start, options, waiting, ends, cover))
-            members = sorted(member for unit in self._units[start:end] for member in unit.members)
-            placed.append(PlacedStage(device=waiting[kind].pop(0), members=tuple(members)))
-            start = end
-        return tuple(placed)
-
-    def nearest_misfit(self) -> Solution:
-        """The placement whose worst device lacks the fewest bytes."""
-        lacking = sorted(
-            {
-                max(0, self._bytes[start][end] - kind.capacity_bytes)
-                for start, end in self._segments()
-                for kind in self._classes
-            }
-        )
-        found = bisect_left(lacking, True, key=lambda relief: bool(self._fits_with(relief)))
-        if found == len(lacking):
+    def __init__(self, problem: Problem, time_limit_s: float | None) -> None:
+        self._problem = problem
+        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._segments = Segments(problem)
+        if problem.objective in TIMED and not self._segments.has_times:
+            unknown = [d.name for d in problem.machine.devices if not (d.bandwidth_bytes_per_s and d.flops_per_s)]
             raise ConstraintError(
-                "the pins leave no legal placement, whatever the memory: a device holds one contiguous run of modules "
-                "in execution order. Pin fewer modules, or neighbours to one device."
+                f"the objective {problem.objective} needs the speed of {', '.join(unknown)}: name GPU models "
+                "(--gpus rtx4090,a100-80g), or give bandwidth and flops in a machine file"
             )
-        relief = lacking[found]
-        stages = self.stages(self._fits_with(relief), self.bar(extra=0, relief_bytes=relief))
-        return Solution(status="INFEASIBLE", stages=stages, extra_positions=0, bound=0, method="chain-dp")
 
-    def _fits_with(self, relief_bytes: int) -> list[Counts]:
-        return self.largest_feasible(self.bar(extra=0, relief_bytes=relief_bytes))
-
-    def extra_values(self) -> list[int]:
-        """Every number of extra positions that some stage can hold, ascending."""
-        values = {0}
-        for start, end in self._segments():
-            for kind in self._classes:
-                left = kind.capacity_bytes - self._bytes[start][end]
-                if left >= 0:
-                    values.add(left // self._kv[start][end] if self._kv[start][end] else NO_KV)
-        return sorted(values)
-
-    def free_fractions(self, extra: int) -> list[Fraction]:
-        """Every fraction of memory that some legal stage leaves free, ascending."""
-        bar = self.bar(extra=extra)
-        return sorted(
-            {Fraction(0)}
-            | {
-                Fraction(kind.capacity_bytes - self._bytes[start][end], kind.memory_bytes)
-                for start, end in self._segments()
-                for kind in self._classes
-                if bar(start, end, kind)
-            }
+    def holds(self) -> bool:
+        """Whether any search finds a placement."""
+        return any(
+            len(search.coverable(Bar(), self._usable(states)))
+            for states in self._families()
+            for search in self._searches(states)
         )
 
-    def _segments(self) -> Iterator[tuple[int, int]]:
-        for start in range(len(self._units)):
-            for end in range(start + 1, len(self._units) + 1):
-                yield start, end
+    def solution(self) -> Solution:
+        """The best of what the searches find."""
+        exact = self._is_small
+        found: list[tuple[int, tuple[PlacedStage, ...]]] = []
+        method = METHOD if exact else UNFINISHED
+        if not exact or self._deadline is not None:
+            found = [one for order in self._orders() for one in self._found(self._states(order))]
+        if exact:
+            try:
+                found = list(self._found(self._states(deadline=self._deadline)))
+            except OutOfTime:
+                exact, method = False, OUT_OF_TIME
+        if not found:
+            return self._nearest_misfit()
+        return self._judged(found, method, exact=exact)
 
-    def _next_stages(
-        self, start: int, options: list[Counts], waiting: list[list[int]], ends: Ends, cover: Callable[[Counts], int]
-    ) -> Iterator[tuple[int, int, list[Counts]]]:
-        """Classes and ends that a stage at `start` may take, best first, with the device counts left after it."""
-        for kind in sorted((k for k, left in enumerate(waiting) if left), key=lambda k: waiting[k][0]):
-            for end in (end for end in range(len(self._units), start, -1) if ends[kind][start] >> end & 1):
-                left = [_less(counts, kind) for counts in options if counts[kind]]
-                fitting = [counts for counts in left if cover(counts) >> end & 1]
-                if fitting:
-                    yield kind, end, fitting
+    def _judged(self, found: list[tuple[int, tuple[PlacedStage, ...]]], method: str, *, exact: bool) -> Solution:
+        """The best of the placements found, by the evaluator, beside the best that the searches thought possible."""
+        problem = self._problem
+        stages = min((stages for _, stages in found), key=lambda stages: _rank(problem, stages))
+        self._refuse_forbidden(stages)
+        value = evaluate(problem, stages).value(problem)
+        assert value is not None  # timed objectives were refused without speeds
+        best = min if problem.objective in TIMED else max
+        bound = best(bound for bound, _ in found)
+        if not exact:
+            bound = best(value, unlimited_bound(self._segments))
+        status: Status = "OPTIMAL" if value == bound else "FEASIBLE"
+        return Solution(
+            status=status, stages=stages, value=value, bound=bound, method=method, objective=problem.objective
+        )
 
-    def _ends(self, bar: Bar) -> Ends:
-        return [[self._ends_from(start, kind, bar) for start in range(len(self._units))] for kind in self._classes]
+    def _found(self, states: States) -> Iterator[tuple[int, tuple[PlacedStage, ...]]]:
+        """The objective's best value and a placement, for each place that the hub may be at."""
+        for search in self._searches(states):
+            options = search.coverable(Bar(), self._usable(states))
+            if len(options):
+                yield self._best(search, states, options)
 
-    def _ends_from(self, start: int, kind: DeviceClass, bar: Bar) -> int:
-        others = (i for i in range(start, len(self._units)) if self._units[i].pinned not in (None, *kind.positions))
-        ends = range(start + 1, next(others, len(self._units)) + 1)
-        if self._grows[start]:
-            fitting = bisect_right(ends, 0, key=lambda end: 0 if bar(start, end, kind) else 1)
-            return (1 << (start + fitting + 1)) - (1 << (start + 1))
-        return sum(1 << end for end in ends if bar(start, end, kind))
+    def _best(self, search: Search, states: States, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
+        used = states.used[options]
+        if self._problem.objective == "latency":
+            return search.shortest_sum(options)
+        if self._problem.objective == "throughput":
+            return search.fastest_pipeline(options)
+        wanted = used.max() if self._problem.objective == "balance" else used.min()
+        return search.most_extra(options[used == wanted])
 
-    def _cover(self, bar: Bar) -> Callable[[Counts], int]:
-        """A function from device counts to a bit set: the starts from which exactly these devices cover the rest."""
-        ends = self._ends(bar)
-        num_units = len(self._units)
-        known: dict[Counts, int] = {(0,) * len(self._classes): 1 << num_units}
+    def _nearest_misfit(self) -> Solution:
+        """The placement whose worst device lacks the fewest bytes."""
+        found = [
+            misfit
+            for states in self._families()
+            for search in self._searches(states)
+            if (misfit := search.least_relief(self._usable(states))) is not None
+        ]
+        if not found:
+            cause = "--all-devices and the pins" if self._problem.all_devices else "the pins"
+            links = " and forbidden links" if self._segments.has_forbidden else ""
+            raise ConstraintError(
+                f"{cause}{links} leave no legal placement, whatever the memory: a device holds one contiguous run of "
+                "modules in execution order. Pin fewer modules, or neighbours to one device."
+            )
+        _, stages = min(found, key=lambda misfit: misfit[0])
+        return Solution(
+            status="INFEASIBLE", stages=stages, value=0, bound=0, method=METHOD, objective=self._problem.objective
+        )
 
-        def starts(counts: Counts) -> int:
-            if counts not in known:
-                known[counts] = 0
-                for kind in (kind for kind, count in enumerate(counts) if count):
-                    known[counts] |= _starts_before(starts(_less(counts, kind)), ends[kind])
-            return known[counts]
+    def _families(self) -> Iterator[States]:
+        """All sets of devices, or those of a few orders where there are too many."""
+        yield from [self._states()] if self._is_small else map(self._states, self._orders())
 
-        return starts
+    @property
+    def _is_small(self) -> bool:
+        """Whether all sets of devices can be tried."""
+        return prod(len(kind.positions) + 1 for kind in self._segments.classes) <= MAX_STATES
 
+    def _states(self, order: Sequence[int] | None = None, deadline: float | None = None) -> States:
+        return States(self._segments.classes, self._segments.num_units, deadline, order)
 
-def _starts_before(rest: int, ends: list[int]) -> int:
-    """The starts from which one stage gets to a start in the bit set `rest`, as a bit set."""
-    return sum(bool(rest & reachable) << start for start, reachable in enumerate(ends))
+    def _searches(self, states: States) -> Iterator[Search]:
+        for hub_group in range(self._segments.num_link_groups):
+            yield Search(self._segments, states, hub_group)
 
+    def _usable(self, states: States) -> Ints:
+        """The states that the problem allows: all, or only the one with every device."""
+        wanted = len(self._problem.machine.devices) if self._problem.all_devices else 1
+        return np.flatnonzero(states.used >= wanted)
 
-def _less(counts: Counts, kind: int) -> Counts:
-    return (*counts[:kind], counts[kind] - 1, *counts[kind + 1 :])
+    def _orders(self) -> list[list[int]]:
+        """Orders of classes worth trying alone: as the machine lists them, by memory, by speed, and backwards."""
+        classes = self._segments.classes
+        keys: list[Callable[[int], float]] = [
+            lambda kind: float(kind),
+            lambda kind: float(classes[kind].capacity_bytes),
+            lambda kind: classes[kind].device.bandwidth_bytes_per_s or 0.0,
+        ]
+        return [sorted(range(len(classes)), key=key, reverse=back) for key in keys for back in (False, True)]
 
-
-def _device_classes(problem: Problem) -> list[DeviceClass]:
-    """Interchangeable devices together; a device that a pin names stands alone."""
-    pinned = {unit.pinned for unit in problem.units}
-    alike: dict[object, list[int]] = {}
-    for position, device in enumerate(problem.machine.devices):
-        sizes = (device.memory_bytes, device.context_bytes, device.reserve_bytes, problem.base_bytes(position))
-        alike.setdefault((position if position in pinned else None, sizes), []).append(position)
-    return [
-        DeviceClass(positions, problem.machine.devices[positions[0]], problem.base_bytes(positions[0]))
-        for positions in alike.values()
-    ]
-
-
-def _segment_loads(problem: Problem) -> tuple[list[list[int]], list[list[int]]]:
-    """Bytes without overheads, and KV bytes per position, of the units [start, end)."""
-    count = len(problem.units)
-    sizes = [[0] * (count + 1) for _ in range(count)]
-    per_position = [[0] * (count + 1) for _ in range(count)]
-    for start in range(count):
-        stage = StageLoad(problem.table)
-        for end in range(start + 1, count + 1):
-            for member in problem.units[end - 1].members:
-                stage.add(member)
-            sizes[start][end] = stage.load_bytes
-            per_position[start][end] = stage.kv_bytes_per_position
-    return sizes, per_position
+    def _refuse_forbidden(self, stages: tuple[PlacedStage, ...]) -> None:
+        if not self._segments.has_forbidden:
+            return
+        devices = {member: stage.device for stage in stages for member in stage.members}
+        pairs = self._problem.times.forbidden_copies([devices[member] for member in range(len(devices))])
+        if pairs:
+            source, target = (self._problem.machine.devices[position].name for position in pairs[0])
+            raise ConstraintError(
+                f"no placement was found that keeps off forbidden links: the best one sends from {source} to {target}. "
+                "Allow that link, or pin what sends over it."
+            )
 
 
-def _best(values: list[Value], holds: Callable[[Value], bool]) -> Value:
-    """The largest of ascending `values` that holds, where what holds is a prefix and the first value does."""
-    low, high = 0, len(values)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(values[middle]) else (low, middle)
-    return values[low]
+def _rank(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[float, ...]:
+    """The smaller the better, as the objective and its ties say."""
+    evaluation = evaluate(problem, stages)
+    value = evaluation.value(problem) or 0
+    used = -len(stages) if problem.objective == "balance" else len(stages)
+    goal = (value,) if problem.objective in TIMED else (used, -value)
+    order = [number for stage in stages for number in (stage.device, -len(stage.members))]
+    return (*goal, -evaluation.free_fraction, used, *order)

@@ -9,7 +9,7 @@ import torch
 from runtime.virtual import device_module
 from runtime.virtual.adapter import DEVICE_TYPE, claim_device_type
 from runtime.virtual.kernels import install_all_kernels, install_shape_only_kernels
-from runtime.virtual.ledger import MemoryLedger, readable_bytes
+from runtime.virtual.ledger import BLOCK_BYTES, MemoryLedger, readable_bytes
 from runtime.virtual.process import PROCESS
 from runtime.virtual.shapes import reserved_addresses
 from runtime.virtual.unknowns import Decision
@@ -61,8 +61,10 @@ class VirtualGpus:
         return f"<{self.num_devices} virtual GPU(s) of {sizes}>"
 
 
-def virtual_gpus(capacities_bytes: Sequence[int], *, shape_only: bool = False) -> VirtualGpus:
-    """Make the virtual GPUs of this process anew, one per capacity.
+def virtual_gpus(
+    capacities_bytes: Sequence[int], *, shape_only: bool = False, block_bytes: int = BLOCK_BYTES
+) -> VirtualGpus:
+    """Make the virtual GPUs of this process anew, one per capacity; every tensor takes whole blocks there.
 
     With `shape_only` floating-point tensors there have sizes and no bytes, so that a model of any size runs in no
     memory and about the time its Python takes. Integers and booleans, and floating-point numbers that follow from
@@ -81,7 +83,7 @@ def virtual_gpus(capacities_bytes: Sequence[int], *, shape_only: bool = False) -
         install_shape_only_kernels()
     PROCESS.shape_only = reserved_addresses() if shape_only else None
     PROCESS.decisions = Counter()
-    PROCESS.ledger = MemoryLedger(capacities_bytes)
+    PROCESS.ledger = MemoryLedger(capacities_bytes, block_bytes)
     return VirtualGpus(PROCESS.ledger, PROCESS.decisions, is_shape_only=shape_only)
 
 

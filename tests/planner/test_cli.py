@@ -82,7 +82,7 @@ def test_the_plan_can_be_written_to_a_file_which_is_not_overwritten_unless_force
     written = path.read_text()
     assert Plan.load(path).to_yaml() == written
     text = said(MODEL, "--gpus", "a100-40g", "-o", str(path), code=2)
-    assert text == f"plan-devices: {path} exists: choose another -o FILE, or overwrite it with --force"
+    assert text == f"plan-devices: {path} exists: choose another file, or overwrite it with --force"
     assert path.read_text() == written
     run(MODEL, "--gpus", "a100-40g", "-o", str(path), "--force", "--quiet")
     assert Plan.load(path).device_map == {"": 0}

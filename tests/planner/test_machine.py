@@ -139,6 +139,13 @@ MISUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"devices": (Device(index=0, memory_bytes=1), Device(index=0, memory_bytes=2))},
         "devices named twice: cuda:0",
     ),
+    "a link given twice": (
+        {
+            "devices": (Device(index=0, memory_bytes=1), Device(index=1, memory_bytes=1)),
+            "links": (Link(source="cuda:0", target="cuda:1", bandwidth_bytes_per_s=1.0),) * 2,
+        },
+        "links given twice: cuda:0 -> cuda:1",
+    ),
     "a link to nowhere": (
         {
             "devices": (Device(index=0, memory_bytes=1),),
@@ -204,6 +211,33 @@ def test_links_in_a_file_are_read(tmp_path: Path) -> None:
     assert machine.links == (Link(source="cuda:0", target="cuda:1", bandwidth_bytes_per_s=5e10, latency_s=1e-5),)
 
 
+def test_a_link_that_is_not_allowed_needs_no_bandwidth(tmp_path: Path) -> None:
+    link = {"source": "cuda:0", "target": "cuda:1", "allowed": False}
+    machine = Machine.load(saved(tmp_path, {"devices": [{"memory": "1GiB"}] * 2, "links": [link]}))
+    assert not machine.links[0].allowed
+    assert Machine.from_dict(machine.to_dict()) == machine
+
+
+@pytest.mark.parametrize(
+    ("source", "bandwidth", "message"),
+    [
+        ("cuda:1", 1e9, "a link leads from cuda:1 to itself"),
+        ("cuda:0", 0.0, r"cuda:0 -> cuda:1 has 0.0 bytes/s and 0.0 s of latency: a rate is above zero"),
+        ("cuda:0", float("nan"), "has nan bytes/s"),
+    ],
+    ids=["itself", "zero", "nan"],
+)
+def test_a_link_that_makes_no_sense_is_refused(source: str, bandwidth: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Link(source=source, target="cuda:1", bandwidth_bytes_per_s=bandwidth)
+
+
+def test_a_machine_keeps_the_links_between_the_devices_that_are_left() -> None:
+    links = [Link(source=f"cuda:{a}", target=f"cuda:{b}", bandwidth_bytes_per_s=1e9) for a, b in ((0, 1), (1, 2))]
+    machine = Machine(devices=Machine.parse("3x8GiB").devices, links=tuple(links)).only([1, 2])
+    assert [device.name for device in machine.devices] == ["cuda:1", "cuda:2"] and machine.links == (links[1],)
+
+
 REFUSED_FILES: dict[str, tuple[dict[str, Any], str]] = {
     "no devices": ({"links": []}, "has no devices: give a list `devices:` with a memory or kind for each"),
     "an empty list": ({"devices": []}, "has no devices"),
@@ -215,7 +249,7 @@ REFUSED_FILES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown key of a device": (
         {"devices": [{"memory": "1GiB"}, {"memory": "1GiB", "mem": 1}]},
-        "devices[1] has unknown keys mem: known are bandwidth, context, flops, host, index, kind, memory",
+        "devices[1] has unknown keys mem: known are bandwidth, context, flops, flops_fraction, host, index, kind, memory",
     ),
     "an unknown kind": (
         {"devices": [{"kind": "b300"}]},
@@ -274,9 +308,9 @@ DEVICES = st.builds(
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.lists(DEVICES, min_size=1, max_size=4, unique_by=lambda device: device.name))
 def test_any_devices_survive_being_written_down(devices: list[Device]) -> None:
-    first, last = devices[0].name, devices[-1].name
-    link = Link(source=first, target=last, bandwidth_bytes_per_s=1e9)
-    machine = Machine(devices=tuple(devices), links=(link,))
+    pairs = zip(devices, devices[1:], strict=False)
+    links = [Link(source=a.name, target=b.name, bandwidth_bytes_per_s=1e9, allowed=b.index > 1) for a, b in pairs]
+    machine = Machine(devices=tuple(devices), links=tuple(links))
     assert Machine.from_dict(machine.to_dict()) == machine
 
 

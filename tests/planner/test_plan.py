@@ -214,7 +214,7 @@ def toy_plan(*flows: Flow) -> Plan:
     )
     counts = Quantities(batch=1, images=0, patches=0, text_tokens=7, image_tokens=0, positions=8)
     stages = (PlacedStage(device=0, members=(0, 1)), PlacedStage(device=1, members=(2, 3, 4)))
-    solution = Solution(status="OPTIMAL", stages=stages, extra_positions=0, bound=0, method="by hand")
+    solution = Solution(status="OPTIMAL", stages=stages, value=0, bound=0, method="by hand")
     summary = ModelSummary(name="toy", architecture="Toy", num_parameters=5, weight_bytes=50, dtype="float16")
     return make_plan(Problem.of(graph, machine, counts), solution, model=summary, workload=Workload(), fingerprint="f")
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from planner import ConstraintError, Machine, MachineError, Plan, PlanMismatchError, SourceError, Workload
 from planner.constraints import Constraints
+from planner.memory import MemoryBreakdown
 from runtime import inspect_placement, load_sharded, place_inputs
 from runtime.inspection import verify_placement
 from vlm.internlm_xcomposer2.processing import XComposer2Processor
@@ -204,7 +205,8 @@ def test_the_first_forward_names_a_module_whose_input_was_left_behind(
 def test_a_full_device_frees_every_device(tiny_xcomposer2: Path) -> None:
     plan = plan_for(find_model(str(tiny_xcomposer2)), Machine.parse("2x2GiB"), FLOAT32)
     small = replace(plan.machine.devices[1], memory_bytes=2**16, context_bytes=0, reserve_bytes=0)
-    full = replace(plan, machine=Machine(devices=(plan.machine.devices[0], small)))
+    nothing = dict.fromkeys(plan.memory, MemoryBreakdown())
+    full = replace(plan, machine=Machine(devices=(plan.machine.devices[0], small)), memory=nothing)
     with pytest.raises(torch.OutOfMemoryError, match=r"vgpu out of memory.*vgpu:1"):
         load_sharded(tiny_xcomposer2, full, devices="virtual")
     assert [torch.vgpu.memory_allocated(index) for index in range(2)] == [0, 0]

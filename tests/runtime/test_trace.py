@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from planner import Machine, MachineError, PlanMismatchError, UnsupportedModelError
+from planner import Machine, MachineError, ModuleGraph, PlanMismatchError, UnsupportedModelError
+from planner.fit import fit
+from planner.polynomial import Quantities
 from runtime import dry_run, inspect_placement, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
 from runtime.inspection import guard_first_forward
 from runtime.steps import forward_and_decode
 from runtime.trace import Trace, trace_model
-from runtime.traced_graph import graph_of
+from runtime.traced_graph import sample_of
 from vlm.inputs import example_inputs
 from vlm.tiny import tiny_model
 
@@ -172,6 +174,12 @@ def test_a_map_that_cannot_be_run_is_refused(device_map: dict[str, Any], message
     model, inputs = towers()
     with pytest.raises(PlanMismatchError, match=message):
         dry_run(model, inputs, device_map)
+
+
+def graph_of(trace: Trace, model: nn.Module, name: str) -> ModuleGraph:
+    """The graph of one run, whose costs are constants."""
+    at = Quantities(batch=trace.batch_size, images=0, patches=0, text_tokens=1, image_tokens=0, positions=1)
+    return fit([sample_of(trace, model, name, at)])
 
 
 def test_cache_bytes_per_position_are_read_off_two_steps() -> None:

@@ -5,6 +5,8 @@ torch and transformers are imported when a test asks for a model: other tests of
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +122,30 @@ def xcomposer2():
     from vlm.internlm_xcomposer2.modeling import InternLMXComposer2ForCausalLM
 
     return _randomised(InternLMXComposer2ForCausalLM(InternLMXComposer2ForCausalLM.config_class(**COMPOSER)))
+
+
+def _write_sentencepiece(folder: Path, *specials: str) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["What is this?", "This is a cat; where is the cat?", "Yes, the cat is there."]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=list(specials),
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+@pytest.fixture(scope="session")
+def write_sentencepiece():
+    """Function: a small sentencepiece model with these special pieces, written into a folder as tokenizer.model."""
+    return _write_sentencepiece

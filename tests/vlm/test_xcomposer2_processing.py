@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from planner.errors import SourceError
-from vlm.internlm_xcomposer2.image_processing import CLIP_MEAN, CLIP_STD, pixel_values
+from vlm.image_pixels import CLIP_MEAN, CLIP_STD, pixel_values
 from vlm.internlm_xcomposer2.processing import XComposer2Processor
 from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
 from vlm.internlm_xcomposer2.tokenization import InternLM2Tokenizer
@@ -320,7 +320,7 @@ def test_an_image_token_outside_the_vocabulary_is_refused(value: object, folder:
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"tokenizer.model has \d+ pieces, but vocab_size in config.json is 100: ids"):
+    with pytest.raises(SourceError, match=r"the tokenizer has \d+ ids, but vocab_size in config.json is 100: ids"):
         XComposer2Processor.from_folder(changed_config(folder, tmp_path, vocab_size=100))
 
 

@@ -5,12 +5,12 @@ Both families call themselves `internlm2`; the class says which one is meant. It
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
+from vlm.configuration import is_number, not_multiple, not_positive, refuse
 from vlm.internlm_xcomposer2.facts import CLIP_LARGE
 
 DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 1.0}
@@ -70,9 +70,8 @@ class InternLM2Config(PreTrainedConfig):
             self.rope_parameters = dict(DYNAMIC_ROPE)
         super().__post_init__(**kwargs)
         self.rope_parameters.pop("type", None)  # the old spelling of rope_type, which is set by now
-        problems = self._malformed() or self._contradictions()  # these divide by what those check
-        if problems:
-            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}")
+        # contradictions divide by what malformed checks
+        refuse(type(self).__name__, self._malformed() or self._contradictions())
 
     @property
     def head_dim(self) -> int:
@@ -152,19 +151,3 @@ class InternLMXComposer2Config(InternLM2Config):
         if self.image_token_id not in range(self.vocab_size):
             problems.append(f"image_token_id {self.image_token_id} is outside of vocab_size {self.vocab_size}")
         return problems
-
-
-def is_number(value: Any, *, at_least: float) -> bool:
-    """Whether a value from a file is a number (a boolean is not) and large enough."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= at_least
-
-
-def not_positive(values: Mapping[str, Any], keys: Any) -> list[str]:
-    """One sentence per key whose value is no whole number of at least 1."""
-    wrong = [key for key in keys if not isinstance(values[key], int) or not is_number(values[key], at_least=1)]
-    return [f"{key} is {values[key]!r}; it must be a whole number of at least 1" for key in wrong]
-
-
-def not_multiple(values: Mapping[str, Any], key: str, of: str) -> list[str]:
-    """A sentence when `key`'s value is not a whole multiple of `of`'s."""
-    return [f"{key} {values[key]} is not a multiple of {of} {values[of]}"] if values[key] % values[of] else []

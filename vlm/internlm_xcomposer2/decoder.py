@@ -17,10 +17,10 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlm.attention import eager_attention
 from vlm.internlm_xcomposer2.configuration import InternLM2Config
-from vlm.internlm_xcomposer2.plora import LinearFactory, project
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
+from vlm.internlm_xcomposer2.plora import LinearFactory, Linears, project
+from vlm.rotary import Rotary, rotate
 
 
 class InternLM2RMSNorm(nn.Module):
@@ -50,47 +50,13 @@ def rotary_base(config: InternLM2Config, num_positions: int) -> float:
     return rope["rope_theta"] * stretch ** (config.head_dim / (config.head_dim - 2))
 
 
-def rotary_cos_sin(position_ids_BT: torch.Tensor, *, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
-    """Cosine and sine of every position's angles, each (B, T, E), on the position ids' device."""
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BT.device)
-    angles_BTE = (position_ids_BT[..., None].float() / base ** (steps / head_dim)).repeat(1, 1, 2)
-    return angles_BTE.cos().to(dtype), angles_BTE.sin().to(dtype)
-
-
-def rotate(states_BHTE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Queries or keys turned by their position: component i is paired with component i + E/2."""
-    cos_B1TE, sin_B1TE = (part.unsqueeze(1) for part in rotary)
-    first, second = states_BHTE.chunk(2, dim=-1)
-    return states_BHTE * cos_B1TE + torch.cat((-second, first), dim=-1) * sin_B1TE
-
-
-def eager_attention(
-    module: nn.Module,
-    query_BHTE: torch.Tensor,
-    key_BKCE: torch.Tensor,
-    value_BKCE: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with its whole score matrix, (B, T, H, E); called by transformers' attention interface."""
-    groups = query_BHTE.shape[1] // key_BKCE.shape[1]
-    scores_BHTC = query_BHTE @ key_BKCE.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores_BHTC = scores_BHTC + attention_mask
-    weights_BHTC = scores_BHTC.softmax(dim=-1, dtype=torch.float32).to(query_BHTE.dtype)
-    output_BHTE = weights_BHTC @ value_BKCE.repeat_interleave(groups, dim=1)
-    return output_BHTE.transpose(1, 2).contiguous(), weights_BHTC
-
-
 class InternLM2Attention(nn.Module):
     """Grouped-query attention over one packed projection.
 
     The rows of `wqkv` are, for every key/value head, its G query heads, then its key, then its value.
     """
 
-    def __init__(self, config: InternLM2Config, layer_idx: int, linear: LinearFactory) -> None:
+    def __init__(self, config: InternLM2Config, layer_idx: int, linears: Linears) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -100,8 +66,8 @@ class InternLM2Attention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         num_packed_heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.wqkv = linear(config.hidden_size, num_packed_heads * config.head_dim, bias=config.bias)
-        self.wo = linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.wqkv = linears.packed(config.hidden_size, num_packed_heads * config.head_dim, bias=config.bias)
+        self.wo = linears.other(config.hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(
         self,
@@ -154,10 +120,10 @@ class InternLM2MLP(nn.Module):
 class InternLM2DecoderLayer(nn.Module):
     """Attention and feed-forward, each on normalised input and added to its own."""
 
-    def __init__(self, config: InternLM2Config, layer_idx: int, linear: LinearFactory) -> None:
+    def __init__(self, config: InternLM2Config, layer_idx: int, linears: Linears) -> None:
         super().__init__()
-        self.attention = InternLM2Attention(config, layer_idx, linear)
-        self.feed_forward = InternLM2MLP(config, linear)
+        self.attention = InternLM2Attention(config, layer_idx, linears)
+        self.feed_forward = InternLM2MLP(config, linears.other)
         self.attention_norm = InternLM2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = InternLM2RMSNorm(config.hidden_size, config.rms_norm_eps)
 

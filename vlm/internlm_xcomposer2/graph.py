@@ -7,7 +7,8 @@ tests/runtime/test_predicted_peaks.py holds the figures against fresh runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +16,7 @@ from planner.graph import INPUTS, Flow, Fusion, ModuleGraph, ModuleGroup, Phase,
 from planner.paths import contains
 from planner.polynomial import Polynomial, constant, variable
 from planner.workload import ITEMSIZE
-from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts, VisionFacts
+from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts, Shape, VisionFacts
 
 BATCH = variable("batch")
 IMAGES = BATCH * variable("images")
@@ -29,6 +30,17 @@ INT64 = 8
 FLOAT32 = 4
 EAGER_SCORE = 8
 """Bytes per attention score: the score, its softmax in float32, and that in the model's dtype."""
+EAGER_READS = 4
+"""Times that eager attention reads its scores: scaling, mask, softmax, product with the values."""
+NORM_LAUNCHES = 6
+LAYER_LAUNCHES = 35
+"""Of a decoder layer over text; counted, like all launches here, by a trace (tests/runtime/test_graph_work.py)."""
+EAGER_LAUNCHES, EAGER_STEP_LAUNCHES, PADDED_LAUNCHES = 7, 6, 2
+"""More of a decoder layer: scores step by step, in prefill and decode; prefill's repeated keys and values."""
+LORA_LAUNCHES = 20
+"""More of a decoder layer with images: four for each of its five linears, however many images there are."""
+EMBEDDING_LAUNCHES, MASK_LAUNCHES = 11, 12
+VISION_LAUNCHES, EAGER_VISION_LAUNCHES = 14, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +82,7 @@ class _Builder:
         self._precision = precision
         self._itemsize = precision.itemsize
         self._shapes = facts.tensor_shapes()
+        self._parameters = _parameters_by_module(self._shapes)
 
     def vision_groups(self) -> Iterator[ModuleGroup]:
         vision = self._facts.vision
@@ -82,62 +95,114 @@ class _Builder:
             stem,
             "vision_encoder",
             buffer_bytes=constant(vision.sequence_length * INT64),
-            encode=PhaseCost(moments_bytes=(pixels + hidden, 3 * hidden)),
+            encode=self._stem_cost(vision, pixels, hidden),
         )
         last = vision.num_hidden_layers - 1
+        layer = self._vision_layer_cost(vision)
         for index in range(vision.num_hidden_layers):
             modules = (f"{VISION}.encoder.layers.{index}", *((f"{VISION}.post_layernorm",) if index == last else ()))
-            yield self._group(modules, "vision_encoder", encode=self._vision_layer_cost(vision))
+            yield self._group(modules, "vision_encoder", encode=layer)
         tokens = IMAGE_TOKENS * (self._facts.hidden_size * self._itemsize)
         projection = self._facts.hidden_size * (vision.hidden_size + self._facts.hidden_size)
         yield self._group(
             ("vision_proj",),
             "projector",
-            encode=PhaseCost(moments_bytes=(2 * hidden + 2 * tokens,), flops=IMAGE_TOKENS * (2 * projection)),
+            encode=PhaseCost(
+                moments_bytes=(2 * hidden + 2 * tokens,),
+                flops=IMAGE_TOKENS * (2 * projection),
+                read_bytes=projection * self._itemsize + hidden + 2 * tokens,
+                launches=constant(3),
+            ),
+        )
+
+    def _stem_cost(self, vision: VisionFacts, pixels: Polynomial, hidden: Polynomial) -> PhaseCost:
+        """Patches as a convolution, class token and positions added, and a norm."""
+        kernel = vision.num_channels * vision.patch_size**2 * vision.hidden_size
+        table = vision.sequence_length * vision.hidden_size
+        return PhaseCost(
+            moments_bytes=(pixels + hidden, 3 * hidden),
+            flops=PATCHES * (2 * kernel),
+            read_bytes=pixels + 4 * hidden + (kernel + table) * self._itemsize,
+            launches=constant(5),
         )
 
     def _vision_layer_cost(self, vision: VisionFacts) -> PhaseCost:
-        """Peaks in the MLP: four hidden states, and the wide one beside two steps of its quick GELU."""
+        """Peaks in the MLP: four hidden states, and the wide one beside two steps of its quick GELU.
+
+        A patch's states are read 14 times at the layer's width (norms, projections, attention, additions) and 5 times
+        at the inner one.
+        """
         width, inner, length = vision.hidden_size, vision.intermediate_size, vision.sequence_length
-        attending = 8 * width * self._itemsize
-        if self._precision.eager:
-            attending += vision.num_attention_heads * length * EAGER_SCORE
+        eager = self._precision.eager
+        scores = vision.num_attention_heads * length if eager else 0
+        attending = 8 * width * self._itemsize + scores * EAGER_SCORE
+        matrices = 4 * width**2 + 2 * width * inner
         return PhaseCost(
             moments_bytes=(PATCHES * ((4 * width + 3 * inner) * self._itemsize), PATCHES * attending),
-            flops=PATCHES * (2 * (4 * width**2 + 2 * width * inner) + 4 * length * width),
-            read_bytes=PATCHES * (8 * width * self._itemsize),
+            flops=PATCHES * (2 * matrices + 4 * length * width),
+            read_bytes=matrices * self._itemsize
+            + PATCHES * ((14 * width + 5 * inner + EAGER_READS * scores) * self._itemsize),
+            launches=constant(VISION_LAUNCHES + (EAGER_VISION_LAUNCHES if eager else 0)),
         )
 
     def language_groups(self) -> Iterator[ModuleGroup]:
         """Embedding, decoder layers, norm and head, in execution order."""
         facts, itemsize = self._facts, self._itemsize
         hidden = facts.hidden_size * itemsize
+        angles = 3 * facts.head_dim * FLOAT32
+        # Only the rows of the table that are looked up are read.
+        work = {"launches": constant(EMBEDDING_LAUNCHES + (MASK_LAUNCHES if self._masked else 0))}
         yield self._group(
             (EMBEDDING,),
             "embedding",
             logits_bytes=BATCH * (facts.vocab_size * (itemsize + 2 * FLOAT32)),
-            prefill=PhaseCost(moments_bytes=(TOKENS * (2 * hidden), TOKENS * (hidden + 3 * facts.head_dim * FLOAT32))),
-            decode=PhaseCost(moments_bytes=(BATCH * (hidden + 3 * facts.head_dim * FLOAT32),)),
+            prefill=PhaseCost(
+                moments_bytes=(TOKENS * (2 * hidden), TOKENS * (hidden + angles)),
+                read_bytes=TOKENS * (2 * hidden + angles),
+                **work,
+            ),
+            decode=PhaseCost(moments_bytes=(BATCH * (hidden + angles),), read_bytes=BATCH * (hidden + angles), **work),
         )
         kv_bytes = 2 * facts.num_key_value_heads * facts.head_dim * ITEMSIZE[self._precision.kv_dtype]
+        prefill, decode = (
+            self._layer_cost(TOKENS, PROMPT, IMAGE_TOKENS),
+            self._layer_cost(BATCH, POSITIONS, constant(0)),
+        )
         for index in range(facts.num_hidden_layers):
             yield self._group(
                 (f"model.layers.{index}",),
                 "decoder_layer",
                 kv_bytes_per_position=kv_bytes,
-                prefill=self._layer_cost(TOKENS, PROMPT, IMAGE_TOKENS),
-                decode=self._layer_cost(BATCH, POSITIONS, constant(0)),
+                prefill=prefill,
+                decode=decode,
             )
-        norm = facts.hidden_size * (itemsize + 2 * FLOAT32)
-        yield self._group(
-            ("model.norm",),
-            "norm",
-            prefill=PhaseCost(moments_bytes=(TOKENS * norm,)),
-            decode=PhaseCost(moments_bytes=(BATCH * norm,)),
+        yield self._group(("model.norm",), "norm", prefill=self._norm_cost(TOKENS), decode=self._norm_cost(BATCH))
+        head = PhaseCost(
+            moments_bytes=(BATCH * hidden,),
+            flops=BATCH * (2 * facts.vocab_size * facts.hidden_size),
+            read_bytes=constant(facts.vocab_size * hidden) + BATCH * hidden,
+            launches=constant(1),
         )
-        head = PhaseCost(moments_bytes=(BATCH * hidden,), flops=BATCH * (2 * facts.vocab_size * facts.hidden_size))
         logits = BATCH * (facts.vocab_size * itemsize)
         yield self._group(("output",), "head", logits_bytes=logits, prefill=head, decode=head)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether a mask is made: sdpa does without one for a single sequence."""
+        return self._precision.padded or self._precision.eager
+
+    def _norm_cost(self, tokens: Polynomial) -> PhaseCost:
+        width = self._facts.hidden_size
+        return PhaseCost(
+            moments_bytes=(tokens * (width * (self._itemsize + 2 * FLOAT32)),),
+            read_bytes=tokens * self._norm_reads + width * self._itemsize,
+            launches=constant(NORM_LAUNCHES),
+        )
+
+    @property
+    def _norm_reads(self) -> int:
+        """Bytes that a norm reads per position: squares, their mean and the scaling in float32, the weighing."""
+        return self._facts.hidden_size * (3 * FLOAT32 + self._itemsize)
 
     def _layer_cost(self, tokens: Polynomial, context: Polynomial, image_tokens: Polynomial) -> PhaseCost:
         """A decoder layer over `tokens` new positions that see `context` positions each.
@@ -160,8 +225,43 @@ class _Builder:
         return PhaseCost(
             moments_bytes=(new * (3 * width + 3 * inner), new * (3 * width + 2 * inner) + low_rank, attending),
             flops=tokens * (2 * dense) + image_tokens * (2 * lora) + tokens * context * (4 * width),
-            read_bytes=BATCH * context * (2 * kv_width * ITEMSIZE[self._precision.kv_dtype]),
+            read_bytes=self._layer_reads(tokens, context, image_tokens),
+            launches=self._layer_launches(prefill=context is PROMPT),
         )
+
+    def _layer_reads(self, tokens: Polynomial, context: Polynomial, image_tokens: Polynomial) -> Polynomial:
+        """Weights; every operand of the forward at its width; the cache, by attention and where it is grown.
+
+        Per position: inputs of the five linears; of the rotation 5.5 times queries and keys; queries twice; residuals;
+        gate and product. At image positions the low-rank half reads each linear's input twice and its output twice.
+        """
+        facts, itemsize = self._facts, self._itemsize
+        width, inner = facts.hidden_size, facts.intermediate_size
+        kv_width = facts.num_key_value_heads * facts.head_dim
+        dense, lora = self._layer_parameters()
+        states = (31 * width + 11 * kv_width) // 2 + 4 * inner
+        read = dense * itemsize + tokens * (states * itemsize + 2 * self._norm_reads)
+        read += BATCH * context * (4 * kv_width * ITEMSIZE[self._precision.kv_dtype])
+        if lora:
+            low_rank = 2 * (4 * width + inner) + 2 * (3 * width + 2 * kv_width + 2 * inner) + 5 * facts.plora_rank
+            read += image_tokens * (low_rank * itemsize)
+            if image_tokens.terms:
+                read += variable("images") * (lora * itemsize)
+        if self._precision.eager:
+            read += tokens * context * (EAGER_READS * facts.num_attention_heads * itemsize)
+        # One new token of each sequence is attended to without repeating keys.
+        if self._precision.eager or (self._precision.padded and context is PROMPT):
+            read += BATCH * context * (2 * width * itemsize)
+        return read
+
+    def _layer_launches(self, *, prefill: bool) -> Polynomial:
+        """Kernels of one pass; with images, exact for one a sequence and above for more."""
+        if self._precision.eager:
+            extra = EAGER_LAUNCHES if prefill else EAGER_STEP_LAUNCHES
+        else:
+            extra = PADDED_LAUNCHES if self._precision.padded and prefill else 0
+        launches = constant(LAYER_LAUNCHES + extra)
+        return launches + LORA_LAUNCHES * variable("images") if prefill and self._facts.vision else launches
 
     def _layer_parameters(self) -> tuple[int, int]:
         """Matrix elements of one decoder layer that every position meets, and that image positions meet."""
@@ -170,8 +270,7 @@ class _Builder:
         return sum(matrices.values()) - lora, lora
 
     def _group(self, modules: tuple[str, ...], role: str, **costs: object) -> ModuleGroup:
-        shapes = [shape for name, shape in self._shapes.items() if any(contains(m, name) for m in modules)]
-        parameters = sum(prod(shape) for shape in shapes)
+        parameters = sum(self._parameters[module] for module in modules)
         module_list, _, index = modules[0].rpartition(".")
         return ModuleGroup(
             id=modules[0],
@@ -271,6 +370,16 @@ class _Builder:
             )
         if self._facts.tie_word_embeddings:
             yield Fusion(op="tied weight", operands=(EMBEDDING, "output"), reason="both modules hold one tensor")
+
+
+def _parameters_by_module(shapes: Mapping[str, Shape]) -> Counter[str]:
+    """Parameters inside every module, at any depth; none for a module without any."""
+    counted: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        segments = name.split(".")
+        for depth in range(1, len(segments)):
+            counted[".".join(segments[:depth])] += prod(shape)
+    return counted
 
 
 def _chain(tensor: str, names: list[str], phase: Phase, num_bytes: Polynomial) -> Iterator[Flow]:

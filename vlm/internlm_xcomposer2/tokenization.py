@@ -1,5 +1,7 @@
 """Text <-> token ids with the sentencepiece model (`tokenizer.model`) of an InternLM2 or InternLM-XComposer2 folder.
 
+What the first InternLM's tokenizer does otherwise is said by another `SpecialPieces`.
+
 No code of the folder is run. It knows nothing of images: an image position is only an id that `processing` inserts.
 Ids are looked up by piece, so a small test vocabulary works like the real one.
 """
@@ -8,8 +10,10 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import sentencepiece
 
@@ -27,10 +31,24 @@ PIECE_OF_NAME = {
     "<|interpreter|>": "[UNUSED_TOKEN_142]",
     "<|plugin|>": "[UNUSED_TOKEN_141]",
 }
-_RESERVED_PIECE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 _SPACE_MARK = "\u2581"
 # Protobuf messages merge when concatenated and the last scalar wins: normalizer_spec {add_dummy_prefix: false}.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialPieces:
+    """Which pieces of a vocabulary are read whole, and what conversations need of them.
+
+    `reserved` matches pieces beside the control ones; `piece_of_name` are other names of pieces. Without those `needed`
+    it is the tokenizer of another `family`. `stops` end an answer, as the end of the sequence does.
+    """
+
+    family: str
+    reserved: re.Pattern[str]
+    needed: tuple[str, ...]
+    stops: tuple[str, ...]
+    piece_of_name: Mapping[str, str] = field(default_factory=dict)
 
 
 class InternLM2Tokenizer:
@@ -43,11 +61,19 @@ class InternLM2Tokenizer:
     prefix would make a lone space first, and here it does not.
     """
 
+    specials: ClassVar = SpecialPieces(
+        family="an InternLM2 or InternLM-XComposer2",
+        reserved=re.compile(r"\[UNUSED_TOKEN_\d+\]"),
+        needed=("[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"),
+        stops=("[UNUSED_TOKEN_145]",),
+        piece_of_name=PIECE_OF_NAME,
+    )
+
     def __init__(self, model_bytes: bytes, *, where: str = TOKENIZER_FILE) -> None:
         self._at_start = _processor(model_bytes, where)
         self._continued = _processor(model_bytes + _NO_DUMMY_PREFIX, where)
         self._adds_dummy_prefix = self._at_start.encode("a") != self._continued.encode("a")
-        self._id_of_special = _special_ids(self._at_start, where)
+        self._id_of_special = _special_ids(self._at_start, self.specials, where)
         self._special_ids = frozenset(self._id_of_special.values()) | {self._at_start.unk_id()}
         self._special_pattern = re.compile("|".join(map(re.escape, self._id_of_special)))
 
@@ -87,9 +113,9 @@ class InternLM2Tokenizer:
         return pad_id if pad_id >= 0 else self.eos_id
 
     @property
-    def stop_ids(self) -> tuple[int, int]:
-        """The ids that end an answer, `</s>` and `<|im_end|>`: the `eos_token_id` of generate."""
-        return self.eos_id, self._id_of_special["<|im_end|>"]
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer, `</s>` and the end of a turn: the `eos_token_id` of generate."""
+        return self.eos_id, *(self._id_of_special[piece] for piece in self.specials.stops)
 
     def id_of(self, special: str) -> int | None:
         """Id of a special piece in either spelling; None when the model has no such piece."""
@@ -156,7 +182,9 @@ def _processor(model_bytes: bytes, where: str) -> sentencepiece.SentencePiecePro
         ) from error
 
 
-def _special_ids(processor: sentencepiece.SentencePieceProcessor, where: str) -> dict[str, int]:
+def _special_ids(
+    processor: sentencepiece.SentencePieceProcessor, specials: SpecialPieces, where: str
+) -> dict[str, int]:
     """Ids of every special piece and of its newer name; `<unk>` is left to be ordinary text.
 
     Raises: SourceError naming every piece without which no conversation can be written.
@@ -165,17 +193,16 @@ def _special_ids(processor: sentencepiece.SentencePieceProcessor, where: str) ->
     id_of_piece = {
         piece: token_id
         for token_id, piece in enumerate(map(processor.id_to_piece, range(num_pieces)))
-        if _RESERVED_PIECE.fullmatch(piece) or processor.is_control(token_id)
+        if specials.reserved.fullmatch(piece) or processor.is_control(token_id)
     }
-    needed = (PIECE_OF_NAME["<|im_start|>"], PIECE_OF_NAME["<|im_end|>"])
-    missing = [piece for piece in needed if piece not in id_of_piece]
+    missing = [piece for piece in specials.needed if piece not in id_of_piece]
     missing += [name for name in ("bos_id", "eos_id") if getattr(processor, name)() < 0]
     if missing:
         raise SourceError(
-            f"{where} has {num_pieces} pieces, but not {', '.join(missing)}: it is not the tokenizer of an "
-            "InternLM2 or InternLM-XComposer2 model. Take the tokenizer.model of the same repository as the weights"
+            f"{where} has {num_pieces} pieces, but not {', '.join(missing)}: it is not the tokenizer of "
+            f"{specials.family} model. Take the tokenizer.model of the same repository as the weights"
         )
-    newer = {name: id_of_piece[piece] for name, piece in PIECE_OF_NAME.items() if piece in id_of_piece}
+    newer = {name: id_of_piece[piece] for name, piece in specials.piece_of_name.items() if piece in id_of_piece}
     return newer | id_of_piece
 
 

@@ -1,6 +1,6 @@
-"""An image file or Pillow image -> the pixel tensor of the vision encoder.
+"""An image file or Pillow image -> the pixel tensor of a vision encoder.
 
-The same arithmetic as the official code: Pillow's bicubic resize to a square, then CLIP's mean and deviation. Like
+The same arithmetic as the official codes: Pillow's bicubic resize to a square, then CLIP's mean and deviation. Like
 there, transparency is dropped, not blended, and a camera's orientation mark is not applied.
 """
 
@@ -26,15 +26,23 @@ def pixel_values(image: ImageInput, *, img_size: int) -> torch.Tensor:
     Raises: SourceError when a file is missing, no image, cut off or larger than Pillow dares to decode;
             TypeError for anything but a path or a Pillow image.
     """
-    rgb = _rgb(image).resize((img_size, img_size), Image.Resampling.BICUBIC)
+    return normalised(as_rgb(image).resize((img_size, img_size), Image.Resampling.BICUBIC))
+
+
+def normalised(rgb: Image.Image) -> torch.Tensor:
+    """CLIP's normalised pixels (1, 3, height, width) in float32 of an RGB image."""
     # A bytearray because torch warns about memory it may not write to.
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    pixels = flat.view(img_size, img_size, 3).permute(2, 0, 1).to(torch.float32).div(255)
+    pixels = flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).to(torch.float32).div(255)
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     return pixels.sub(mean).div(std).unsqueeze(0)
 
 
-def _rgb(image: ImageInput) -> Image.Image:
+def as_rgb(image: ImageInput) -> Image.Image:
+    """An RGB image in memory.
+
+    Raises: as `pixel_values`.
+    """
     if isinstance(image, Image.Image):
         return _converted(image, "the given image")
     if not isinstance(image, str | Path):
@@ -47,7 +55,7 @@ def _rgb(image: ImageInput) -> Image.Image:
         raise SourceError(f"{where} is in no image format that Pillow knows. Give a PNG, JPEG or WebP file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SourceError(
-            f"{where} is too large to decode safely: {error}. Scale it down; the model sees it as a small square anyway"
+            f"{where} is too large to decode safely: {error}. Scale it down; no model sees that much of it anyway"
         ) from error
     except OSError as error:
         if error.filename is not None:

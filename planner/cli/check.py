@@ -1,0 +1,156 @@
+"""`plan-devices check MODEL MAP`: what a device map will break, where and why, and the smallest repair."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+
+from planner.cli import options
+from planner.cli.outputs import check_output, write_output
+from planner.diagnosis import Diagnosis, Place, sorted_findings
+from planner.diagnosis_markdown import diagnosis_markdown
+from planner.diagnosis_report import diagnosis_report
+from planner.errors import ConstraintError, SourceError
+from planner.html_report import diagnosis_page
+from planner.machine import Machine
+from planner.map_file import GivenMap, read_map_file
+from planner.map_hazards import LAUNCHER_VARIABLES
+from planner.source_risks import scan_files, source_findings
+from planner.textfile import dump_mapping
+from planner.workload import Attention, Dtype, Workload
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Diagnose, report, and write what was asked for; 1 when the map is unsafe."""
+    arguments = _parser().parse_args([_as_strategy(argument) for argument in argv])
+    if arguments.fix and arguments.output is None:
+        raise ConstraintError("--fix writes the repaired map to a file: name it with -o FILE")
+    for path in (arguments.output, arguments.report):
+        check_output(path, force=arguments.force)
+    diagnosis = _diagnosis(arguments)
+    _print(diagnosis, arguments)
+    if arguments.report is not None:
+        write_output(diagnosis_page(diagnosis), arguments.report)
+    if arguments.fix:
+        _write_fix(diagnosis, arguments.output)
+    return 0 if diagnosis.safe else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.Parser(
+        prog="plan-devices check", description="Run MODEL under a device map on virtual GPUs, and say what breaks."
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a name from `plan-devices models`")
+    parser.add_argument("map", metavar="MAP", help=f"a JSON or YAML file, a plan of ours, or {', '.join(STRATEGIES)}")
+    options.add_machine_arguments(parser)
+    work = parser.add_argument_group("workload")
+    work.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
+    work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
+    work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
+    work.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
+    work.add_argument("--new-tokens", type=options.count, default=512, metavar="N", help="to generate (default 512)")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python to look through for lines that no map mends, as text; may be repeated, folders too",
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument("--fix", action="store_true", help="write the repaired map to the file that -o names")
+    out.add_argument("-o", "--output", type=Path, metavar="FILE")
+    out.add_argument("--report", type=Path, metavar="FILE.html", help="one self-contained page with a picture")
+    out.add_argument("--force", action="store_true", help="overwrite files")
+    form = out.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", default="text")
+    form.add_argument("--markdown", dest="form", action="store_const", const="markdown", help="to paste into an issue")
+    return parser
+
+
+def _as_strategy(argument: str) -> str:
+    """`balanced-low-0` for those who type hyphens."""
+    return "balanced_low_0" if argument == "balanced-low-0" else argument
+
+
+def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
+    from runtime.diagnosis import diagnose
+    from runtime.quiet import quiet_libraries
+    from runtime.rehearsal import rehearsal
+
+    machine = options.machine_from(arguments)
+    model = options.model_from(arguments.model)
+    workload = model.resolved(_workload(arguments))
+    with quiet_libraries():
+        rehearsed = rehearsal(model, workload)
+        given = _given(arguments.map, rehearsed.skeleton, machine)
+        diagnosis = diagnose(
+            rehearsed.skeleton,
+            rehearsed.inputs,
+            given,
+            machine=machine,
+            workload=workload,
+            steps=rehearsed.steps,
+            environment={name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ},
+        )
+    risks = list(source_findings(scan_files([*_remote_code(arguments.model), *arguments.source])))
+    findings = sorted_findings([*diagnosis.findings, *risks])
+    return replace(diagnosis, model=model.name, findings=findings)
+
+
+def _given(text: str, skeleton: Any, machine: Machine) -> GivenMap:
+    from runtime.auto_maps import auto_map
+
+    path = Path(text)
+    if text not in STRATEGIES or path.exists():
+        return read_map_file(path)
+    return auto_map(skeleton, text, machine)
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    try:
+        return Workload(
+            batch_size=arguments.batch_size,
+            num_images=1 if arguments.num_images is None else arguments.num_images,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            dtype=arguments.dtype,
+            attention=arguments.attention,
+        )
+    except ValueError as problem:
+        raise ConstraintError(str(problem)) from problem
+
+
+def _remote_code(model: str) -> list[Path]:
+    """The Python files of a checkpoint folder: code that `trust_remote_code` would run."""
+    folder = Path(model).expanduser()
+    return [folder] if folder.is_dir() else []
+
+
+def _print(diagnosis: Diagnosis, arguments: argparse.Namespace) -> None:
+    if arguments.form == "json":
+        print(json.dumps(diagnosis.to_dict(), indent=2))
+    elif arguments.form == "markdown":
+        print(diagnosis_markdown(diagnosis), end="")
+    else:
+        Console(highlight=False).print(diagnosis_report(diagnosis))
+
+
+def _write_fix(diagnosis: Diagnosis, output: Path) -> None:
+    entries: dict[str, Place] = dict(diagnosis.repair.device_map if diagnosis.repair else diagnosis.device_map)
+    is_json = output.suffix.lower() == ".json"
+    write_output(json.dumps(entries, indent=2) + "\n" if is_json else dump_mapping(entries), output)
+    if diagnosis.repair is not None and not diagnosis.repair.proven:
+        raise SourceError(f"the map in {output} is repaired as far as possible, and still not clean: see the findings")
+    print(f"Repaired map written to {output}", file=sys.stderr)

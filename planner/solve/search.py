@@ -1,0 +1,288 @@
+"""One objective over the placements of a chain, given which sets of devices may be used: bars, sums, and ties.
+
+A bar (so many extra KV positions, so much memory free, no stage slower than this) leaves each device certain runs; the
+best bar that still lets the whole chain be covered is found by bisection over the values that runs take, hence exactly.
+A sum is minimised directly. Equal placements are told apart by the smallest free share of memory, then fewer stages,
+then stage by stage the device of lowest index and the longest run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.problem import NO_KV, PlacedStage
+from planner.solve.crossings import NO_LINK
+from planner.solve.segments import Segments
+from planner.solve.states import WORST_STAGE, Allowed, Bools, Ints, States
+
+KEY_BITS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """What every stage must hold to; `relief_bytes` pretends that each device had so much more memory."""
+
+    extra_positions: int = -NO_KV
+    free_fraction: float = -inf
+    slowest_ns: int | None = None
+    relief_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A stage that may come next: units [start, end) on a device class, between devices of two link groups."""
+
+    kind: int
+    before: int
+    after: int
+    start: int
+    end: int
+
+
+Accepts = Callable[[Step, int, int], bool]
+"""Whether a step from one state to another leads to a best placement."""
+
+
+class Search:
+    """The runs that each class of device may hold when the hub is on a device of one link group."""
+
+    def __init__(self, segments: Segments, states: States, hub_group: int) -> None:
+        self._segments = segments
+        self._states = states
+        self._num_units = segments.num_units
+        self._forbidden = self._forbidden_runs(hub_group)
+        self._hub_group = hub_group
+
+    def allowed(self, bar: Bar, stage_ns: list[list[list[Ints]]] | None = None) -> Allowed:
+        """By class, and link group before and after, the runs that hold to the bar."""
+        found: Allowed = []
+        for kind, runs in enumerate(self._segments.by_class):
+            own = (
+                (runs.lacking_bytes <= bar.relief_bytes)
+                & (runs.extra_positions >= bar.extra_positions)
+                & (runs.free_fraction >= bar.free_fraction)
+            )
+            rows = [[own & ~forbidden for forbidden in row] for row in self._forbidden[kind]]
+            if stage_ns is not None and bar.slowest_ns is not None:
+                rows = [
+                    [ends & (spent <= bar.slowest_ns) for ends, spent in zip(*pair, strict=True)]
+                    for pair in zip(rows, stage_ns[kind], strict=True)
+                ]
+            found.append(rows)
+        return found
+
+    def most_extra(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
+        """Most extra KV positions over these states, and the placement."""
+        values = self._values([runs.extra_positions for runs in self._segments.by_class])
+        extra = self._tightest(values, lambda value: Bar(extra_positions=int(value)), options)
+        return int(extra), self._freest(Bar(extra_positions=int(extra)), options)
+
+    def fastest_pipeline(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
+        """The shortest time of the slowest stage over these states, and the placement."""
+        spent = self._stage_ns()
+        values = np.unique(np.concatenate([ends[ends < NO_LINK] for rows in spent for row in rows for ends in row]))
+        slowest = self._tightest(values[::-1], lambda value: Bar(slowest_ns=int(value)), options, spent)
+        return int(slowest), self._freest(Bar(slowest_ns=int(slowest)), options, spent)
+
+    def least_relief(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]] | None:
+        """The fewest bytes that each device must get more for any placement, and that placement; None for no order."""
+        lacking = [runs.lacking_bytes for runs in self._segments.by_class]
+        values = np.unique(np.concatenate([ends[ends < WORST_STAGE] for ends in lacking] + [np.zeros(1, np.int64)]))
+        cover = self._states.cover(self.allowed(Bar(relief_bytes=int(values[-1]))))
+        if not self._covering(cover, options).any():
+            return None
+        relief = int(self._tightest(values[::-1], lambda value: Bar(relief_bytes=int(value)), options))
+        bar = Bar(relief_bytes=relief)
+        cover = self._states.cover(self.allowed(bar))
+        most = self._covering(cover, options)
+        used = self._states.used[options]
+        return relief, self._freest(bar, options[most & (used == used[most].max())], bars_freedom=False)
+
+    def shortest_sum(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
+        """The least time of a whole request through one stage after the other over these states, and the placement."""
+        keys, low_bits = self._keys()
+        found = self._states.cheapest(keys, low_bits)
+        best = int(found[options, 0, :, 0].min())
+        low = (1 << low_bits) - 1
+        chosen = options[(found[options, 0, :, 0] == best).any(axis=1)]
+        used = self._states.used[chosen]
+
+        def accepts(step: Step, state: int, rest: int) -> bool:
+            group = self._segments.classes[step.kind].link_group
+            stage = int(keys[step.kind][step.before][step.after][step.start, step.end])
+            left = int(found[rest, group, step.after, step.end])
+            whole = int(found[state, step.before, group, step.start])
+            exact = (stage >> low_bits) + (left >> low_bits) == whole >> low_bits
+            return stage < WORST_STAGE and exact and max(stage & low, left & low) <= best & low
+
+        first = chosen[used == used.min()]
+        groups = [(int(s), g) for s in first for g in range(self._states.num_groups) if found[s, 0, g, 0] == best]
+        return best >> low_bits, self._placed(groups, accepts)
+
+    def coverable(self, bar: Bar, options: Ints) -> Ints:
+        """Those of the states whose devices, all of them, can hold the chain."""
+        return options[self._covering(self._states.cover(self.allowed(bar)), options)]
+
+    def _freest(
+        self,
+        bar: Bar,
+        options: Ints,
+        stage_ns: list[list[list[Ints]]] | None = None,
+        *,
+        bars_freedom: bool = True,
+    ) -> tuple[PlacedStage, ...]:
+        """Among placements that hold to the bar, that of largest smallest free share, then of fewest stages."""
+        if bars_freedom:
+            free = self._values([runs.free_fraction for runs in self._segments.by_class])
+            best = self._tightest(free, lambda value: replace(bar, free_fraction=float(value)), options, stage_ns)
+            bar = replace(bar, free_fraction=float(best))
+        allowed = self.allowed(bar, stage_ns)
+        cover = self._states.cover(allowed)
+        options = options[self._covering(cover, options)]
+        used = self._states.used[options]
+
+        def accepts(step: Step, state: int, rest: int) -> bool:
+            group = self._segments.classes[step.kind].link_group
+            holds = allowed[step.kind][step.before][step.after][step.start, step.end]
+            return bool(holds and cover[rest, group, step.after, step.end])
+
+        few = options[used == used.min()]
+        groups = [(int(s), g) for s in few for g in range(self._states.num_groups) if cover[s, 0, g, 0]]
+        return self._placed(groups, accepts)
+
+    def _values(self, of_runs: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+        """Every value of a run that fits, the loosest bar first."""
+        fitting = zip(of_runs, self._segments.by_class, strict=True)
+        return np.unique(np.concatenate([values[runs.lacking_bytes == 0] for values, runs in fitting]))
+
+    def _tightest(
+        self,
+        values: NDArray[np.generic],
+        bar_of: Callable[[np.generic], Bar],
+        options: Ints,
+        stage_ns: list[list[list[Ints]]] | None = None,
+    ) -> np.generic:
+        """The last of `values`, loosest first, whose bar can be met; the first one can.
+
+        What is quickly seen to be out of reach is left out first.
+        """
+
+        def in_reach(index: int) -> bool:
+            furthest = self._states.furthest(self.allowed(bar_of(values[index]), stage_ns))
+            return bool((furthest[options] >= self._num_units).any())
+
+        def holds(index: int) -> bool:
+            return bool(
+                self._covering(self._states.cover(self.allowed(bar_of(values[index]), stage_ns)), options).any()
+            )
+
+        top = _last(in_reach, 0, len(values))
+        found: np.generic = values[top if holds(top) else _last(holds, 0, top)]
+        return found
+
+    def _covering(self, cover: Bools, options: Ints) -> Bools:
+        return np.asarray(cover[options, 0, :, 0].any(axis=1))
+
+    def _placed(self, options: list[tuple[int, int]], accepts: Accepts) -> tuple[PlacedStage, ...]:
+        """Stage by stage the device of lowest index and then the longest run, of what `accepts` leaves."""
+        classes, units = self._segments.classes, self._segments.problem.units
+        waiting = [list(kind.positions) for kind in classes]
+        placed: list[PlacedStage] = []
+        start = before = 0
+        while start < self._num_units:
+            kind, end, options = next(self._next_stages(start, before, options, waiting, accepts))
+            members = sorted(member for unit in units[start:end] for member in unit.members)
+            placed.append(PlacedStage(device=waiting[kind].pop(0), members=tuple(members)))
+            start, before = end, classes[kind].link_group
+        return tuple(placed)
+
+    def _next_stages(
+        self, start: int, before: int, options: list[tuple[int, int]], waiting: list[list[int]], accepts: Accepts
+    ) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+        """Classes and ends that a stage at `start` may take, best first, with the states and groups after it."""
+        classes, groups = self._segments.classes, range(self._states.num_groups)
+        for kind in sorted((k for k, left in enumerate(waiting) if left), key=lambda k: waiting[k][0]):
+            states = [state for state, group in options if group == classes[kind].link_group]
+            for end in range(self._num_units, start, -1):
+                left = [
+                    (rest, after)
+                    for state, after in product(states, groups)
+                    if (rest := self._states.without(state, kind)) is not None
+                    and accepts(Step(kind=kind, before=before, after=after, start=start, end=end), state, rest)
+                ]
+                if left:
+                    yield kind, end, list(dict.fromkeys(left))
+
+    def _forbidden_runs(self, hub_group: int) -> list[list[list[Bools]]]:
+        """By class and link groups: runs with the hub on a wrong device, or that use a link which is not allowed."""
+        segments, groups = self._segments, range(self._states.num_groups)
+        starts, ends = np.ogrid[: self._num_units, : self._num_units + 1]
+        blocks = segments.crossings_of(forbidden=True)
+        found = []
+        for kind in segments.classes:
+            wrong = np.zeros((self._num_units, self._num_units + 1), dtype=bool)
+            if blocks is None:
+                found.append([[wrong for _ in groups] for _ in groups])
+                continue
+            if blocks.hub is not None and kind.link_group != hub_group:
+                wrong = (starts <= blocks.hub) & (ends > blocks.hub)
+            wrong = wrong | (sum(blocks.sides(kind.link_group, hub_group, is_home=kind.is_home)) > 0)
+            steps = [blocks.steps(before, kind.link_group)[: self._num_units, None] > 0 for before in groups]
+            found.append([[wrong | step for _ in groups] for step in steps])
+        return found
+
+    def _stage_ns(self) -> list[list[list[Ints]]]:
+        """By class and link groups before and after, what a run takes with all that enters and leaves it."""
+        segments, groups = self._segments, range(self._states.num_groups)
+        crossings = segments.crossings
+        assert crossings is not None  # built wherever times count
+        found = []
+        for kind, runs in zip(segments.classes, segments.by_class, strict=True):
+            own = runs.compute_ns + sum(crossings.sides(kind.link_group, self._hub_group, is_home=kind.is_home))
+            into = [crossings.steps(before, kind.link_group)[: self._num_units, None] for before in groups]
+            out = [crossings.steps(kind.link_group, after)[None, :] for after in groups]
+            found.append([[own + came + went for went in out] for came in into])
+        return found
+
+    def _keys(self) -> tuple[list[list[list[Ints]]], int]:
+        """Keys of runs for a sum: nanoseconds, and below them how far the free share is from the largest.
+
+        Where the sum leaves too few bits for every share, neighbouring ones count as equal.
+        """
+        segments, groups = self._segments, range(self._states.num_groups)
+        crossings = segments.crossings
+        assert crossings is not None  # built wherever times count
+        shares = self._values([runs.free_fraction for runs in segments.by_class])
+        spent = []
+        for device, runs in zip(segments.classes, segments.by_class, strict=True):
+            once = sum(crossings.returns(device.link_group, self._hub_group, is_home=device.is_home))
+            into = [crossings.steps(before, device.link_group)[: self._num_units, None] for before in groups]
+            spent.append([runs.compute_ns + once + came for came in into])
+        allowed = self.allowed(Bar())
+        longest = sum(
+            len(device.positions) * max(int(own.max(initial=0, where=own < NO_LINK)) for own in rows)
+            for device, rows in zip(segments.classes, spent, strict=True)
+        )
+        low_bits = min(len(shares).bit_length(), KEY_BITS - longest.bit_length())
+        coarser = len(shares).bit_length() - low_bits
+        keys = []
+        for kind, runs in enumerate(segments.by_class):
+            worse = (len(shares) - 1 - np.searchsorted(shares, runs.free_fraction).clip(0, len(shares) - 1)) >> coarser
+            of_kind = [np.where(own < NO_LINK, (own << low_bits) | worse, WORST_STAGE) for own in spent[kind]]
+            rows = zip(allowed[kind], of_kind, strict=True)
+            keys.append([[np.where(ends, own, WORST_STAGE) for ends in row] for row, own in rows])
+        return keys, low_bits
+
+
+def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The last index in [low, high) that holds, where what holds is a prefix and the first does."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,154 @@
+"""Which devices cover the rest of a chain: one recursion over sets of devices, for three kinds of question.
+
+A state is how many devices of each class are left, the link group of the stage before, and that of the first stage to
+come. Its row answers for every start. All states with equally many devices are computed together, as arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.solve.segments import DeviceClass
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Allowed = list[list[list[Bools]]]
+"""By class, and by link group of the stage before and after: whether a stage may be [start, end)."""
+
+NEVER = 2**61
+"""A key worse than any placement's."""
+WORST_STAGE = 2**60
+"""The key of a stage that may not be; with `NEVER` it still fits 64 bits."""
+
+
+class OutOfTime(Exception):  # noqa: N818  # not an error: what is known by then is used
+    """The deadline passed in the middle of a recursion."""
+
+
+class States:
+    """The sets of devices, from none to all, and recursions over them.
+
+    With `order`, devices may come in that order of classes only, which leaves few states and no proof.
+    """
+
+    def __init__(
+        self, classes: Sequence[DeviceClass], num_units: int, deadline: float | None, order: Sequence[int] | None = None
+    ) -> None:
+        self._classes = classes
+        self.num_units = num_units
+        self._deadline = deadline
+        self.num_groups = 1 + max(kind.link_group for kind in classes)
+        sizes = [len(kind.positions) + 1 for kind in classes]
+        self.counts = _nested(sizes, order) if order else np.indices(sizes).reshape(len(sizes), -1).T
+        self.used = self.counts.sum(axis=1)
+        # A set with one device less stands as many places before as the classes that vary faster have sets.
+        strides = [1] * len(sizes) if order else [prod(sizes[kind + 1 :]) for kind in range(len(sizes))]
+        self._rest = [self._without(kind, stride) for kind, stride in enumerate(strides)]
+
+    def without(self, state: int, kind: int) -> int | None:
+        """The state with one device of this class less; None where there is none, or the order takes another first."""
+        rest = int(self._rest[kind][state])
+        return None if rest < 0 else rest
+
+    def cover(self, allowed: Allowed) -> Bools:
+        """Whether exactly the devices of a state, each with a stage, can cover the rest from a start.
+
+        Shape: (states, group before, group of the first stage, starts).
+        """
+        found = np.zeros(self._shape, dtype=np.bool_)
+        found[0, :, :, -1] = True
+        reach = [[[np.ascontiguousarray(ends.T, dtype=np.float32) for ends in row] for row in rows] for rows in allowed]
+        for kind, states, rest in self._steps():
+            group = self._classes[kind].link_group
+            for before, after in product(range(self.num_groups), repeat=2):
+                ends = found[rest, group, after].astype(np.float32)
+                found[states, before, group, :-1] |= (ends @ reach[kind][before][after]) > 0.5
+        return found
+
+    def furthest(self, allowed: Allowed) -> Ints:
+        """By state, how far from the beginning its devices get at most, if a later start never gets less far.
+
+        That holds for the envelope taken here, so nothing is covered that this says is out of reach.
+        """
+        reach = [np.maximum.accumulate(_last_end(rows)) for rows in allowed]
+        found = np.zeros(len(self.counts), dtype=np.int64)
+        for kind, states, rest in self._steps():
+            found[states] = np.maximum(found[states], reach[kind][found[rest]])
+        return found
+
+    def cheapest(self, keys: list[list[list[Ints]]], low_bits: int) -> Ints:
+        """The best key of covering the rest from a start with exactly the devices of a state.
+
+        A key's high bits are a sum over stages; its `low_bits` a maximum, which decides between equal sums.
+        """
+        found = np.full(self._shape, NEVER, dtype=np.int64)
+        found[0, :, :, -1] = 0
+        low = (1 << low_bits) - 1
+        windows = [_windows(rows) for rows in keys]
+        for kind, states, rest in self._steps():
+            group = self._classes[kind].link_group
+            for before, after in product(range(self.num_groups), repeat=2):
+                ends = np.ascontiguousarray(found[rest, group, after].T)
+                sums, worst = ends & ~low, ends & low
+                best = np.ascontiguousarray(found[states, before, group].T)
+                for start, (first, last) in enumerate(windows[kind]):
+                    stage = keys[kind][before][after][start, first:last, None]
+                    key = sums[first:last] + (stage & ~low) | np.maximum(worst[first:last], stage & low)
+                    np.minimum(best[start], key.min(axis=0, initial=NEVER), out=best[start])
+                found[states, before, group] = best.T
+        return found
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return len(self.counts), self.num_groups, self.num_groups, self.num_units + 1
+
+    def _steps(self) -> Iterator[tuple[int, Ints, Ints]]:
+        """Class by class and from few devices to many: states with one more device of the class, and those without."""
+        for used in range(1, int(self.used.max()) + 1):
+            for kind, rest in enumerate(self._rest):
+                self._check_time()
+                states = np.flatnonzero((self.used == used) & (rest >= 0))
+                if len(states):
+                    yield kind, states, rest[states]
+
+    def _without(self, kind: int, stride: int) -> Ints:
+        """By state, the one with a device less of this class, or -1."""
+        rest = np.arange(len(self.counts)) - stride
+        found = (rest >= 0) & (self.counts[rest, kind] == self.counts[:, kind] - 1)
+        return np.where(found, rest, -1)
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise OutOfTime
+
+
+def _nested(sizes: Sequence[int], order: Sequence[int]) -> Ints:
+    """The sets that are left when devices are taken away in order, the empty one first."""
+    sets = [[0] * len(sizes)]
+    for kind in reversed(order):
+        for _ in range(sizes[kind] - 1):
+            sets.append([count + (other == kind) for other, count in enumerate(sets[-1])])
+    return np.array(sets)
+
+
+def _last_end(rows: list[list[Bools]]) -> Ints:
+    """By start, the furthest end of any stage there, or the start itself; one more for the end of the chain."""
+    allowed = np.logical_or.reduce([ends for row in rows for ends in row])
+    num_units = allowed.shape[0]
+    last = np.where(allowed.any(axis=1), num_units - np.argmax(allowed[:, ::-1], axis=1), np.arange(num_units))
+    return np.append(last, num_units)
+
+
+def _windows(rows: list[list[Ints]]) -> list[tuple[int, int]]:
+    """By start, the ends between which there is any stage."""
+    best = np.minimum.reduce([keys for row in rows for keys in row])
+    return [
+        (int(found[0]), int(found[-1]) + 1) if len(found := np.flatnonzero(row < WORST_STAGE)) else (0, 0)
+        for row in best
+    ]

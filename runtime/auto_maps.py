@@ -1,0 +1,59 @@
+"""The maps that transformers makes by itself: `auto`, `balanced`, `balanced_low_0`, `sequential`, by its own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
+
+from planner.errors import UnsupportedModelError
+from planner.machine import Machine
+from planner.map_file import GivenMap, given_map
+from runtime.mismatch import place_of
+from runtime.quiet import quiet_libraries
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+HOST_BYTES = 2**50
+"""What the planner may put on the host when the GPUs are full."""
+
+
+def auto_map(model: nn.Module, strategy: str, machine: Machine) -> GivenMap:
+    """What `from_pretrained(device_map=strategy)` would do on `machine`, whose sizes it takes as free memory.
+
+    Raises: ValueError for an unknown strategy; UnsupportedModelError when transformers' planner stops, or for a model
+    that is none of transformers'.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"{strategy!r} is no strategy: known are {', '.join(STRATEGIES)}")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{strategy} is transformers' own: {type(model).__name__} is none of its models")
+    max_memory: dict[int | str, int] = {device.index: device.memory_bytes for device in machine.devices}
+    try:
+        with quiet_libraries():
+            entries = _inferred(model, strategy, {**max_memory, "cpu": HOST_BYTES})
+    except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+        place = place_of(error)
+        raise UnsupportedModelError(
+            f"transformers finds no map by {strategy!r} for {type(model).__name__}: {type(error).__name__}: {error}"
+            f"{f' at {place}' if place else ''}. Write the map by hand, or take our plan."
+        ) from error
+    return given_map(entries, strategy)
+
+
+def _inferred(model: PreTrainedModel, strategy: str, max_memory: dict[int | str, int]) -> Mapping[str, Any]:
+    no_split = model._no_split_modules
+    if strategy != "sequential":
+        max_memory = get_balanced_memory(
+            model,
+            max_memory=max_memory,
+            no_split_module_classes=no_split,
+            low_zero=strategy == "balanced_low_0",
+        )
+    unplaced = getattr(model, "_no_placement_params", None)
+    return infer_auto_device_map(
+        model, max_memory=max_memory, no_split_module_classes=no_split, no_placement_params=unplaced
+    )

@@ -1,0 +1,211 @@
+"""Stored weights onto the devices of a map: each read once, on its way to its device, under the name it has there.
+
+transformers knows how the names and shapes of its checkpoints have changed over time (experts in one tensor, prefixes
+that moved), so its own loader does the renaming and conversion. It reads through `StoredWeight`, which decides when a
+weight leaves the disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from threading import Condition
+from types import EllipsisType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, caching_allocator_warmup
+from transformers.utils import logging
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from planner.errors import SourceError
+from planner.paths import owner
+from runtime.devices import refuse_uncovered
+from vlm.checkpoint import Checkpoint
+from vlm.convert import open_pickles
+
+OnBytes = Callable[[int], object]
+"""Is told the bytes of each weight that has arrived, from any thread."""
+
+MAX_NAMES_SHOWN = 3
+
+
+class Reading:
+    """Which weights are being read; after `stop`, which waits for those, none is read any more."""
+
+    def __init__(self, on_bytes: OnBytes) -> None:
+        self._on_bytes = on_bytes
+        self._changed = Condition()
+        self._num_reading = 0
+        self._stopped = False
+
+    def place(self, read: Callable[[], torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """What `read` returns, on its device in its dtype. Raises: RuntimeError after `stop`."""
+        with self._changed:
+            if self._stopped:
+                raise RuntimeError("loading has stopped: an earlier weight could not be placed")
+            self._num_reading += 1
+        try:
+            stored = read()
+            # A copy on the host too: a mapped file puts weights at odd addresses, where kernels round differently.
+            placed = stored.to(device=device, dtype=dtype, copy=True)
+            self._on_bytes(stored.nbytes)
+            return placed
+        finally:
+            with self._changed:
+                self._num_reading -= 1
+                self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let no weight be read from now on, and wait for those that are."""
+        with self._changed:
+            self._stopped = True
+            self._changed.wait_for(lambda: self._num_reading == 0)
+
+
+class StoredWeight:
+    """Stands for a weight on disk: what transformers' loader takes for a lazy slice, read by `to` and not before."""
+
+    __slots__ = ("_read", "_reading")
+
+    def __init__(self, reading: Reading, read: Callable[[], torch.Tensor]) -> None:
+        self._reading = reading
+        self._read = read
+
+    def __getitem__(self, everything: EllipsisType) -> StoredWeight:
+        return self
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, read now and placed."""
+        return self._reading.place(self._read, device, dtype)
+
+
+def load_weights(
+    skeleton: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device_map: Mapping[str, torch.device],
+    on_bytes: OnBytes = lambda num_bytes: None,
+) -> None:
+    """Fill `skeleton` from `checkpoint`, then move its buffers, all as `device_map` says.
+
+    Raises: PlanMismatchError when the map leaves a tensor without a device; SourceError when a shard breaks, or the
+    weights are not those of the skeleton; torch.OutOfMemoryError when a device is full. What was placed until then is
+    still held by the skeleton alone.
+    """
+    refuse_uncovered(skeleton, device_map)
+    _take_memory_at_once(skeleton, device_map)
+    reading = Reading(on_bytes)
+    with ExitStack() as files:
+        try:
+            weights = _stored_weights(checkpoint, reading, files)
+            info = _converted(skeleton, weights, device_map)
+        except SafetensorError as problem:
+            raise SourceError(f"a shard in {checkpoint.folder} breaks off: {problem}. Download it again") from problem
+        finally:
+            reading.stop()
+    _refuse_unlike(info, checkpoint)
+    skeleton.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    _initialise_optional(skeleton, device_map, checkpoint)
+    for name, buffer in list(skeleton.named_buffers()):
+        module, leaf = parent(skeleton, name)
+        module._buffers[leaf] = buffer.to(device_of(name, device_map))
+
+
+def device_of(name: str, device_map: Mapping[str, torch.device]) -> torch.device:
+    """Where a covered tensor goes."""
+    return device_map[owner(name, device_map) or ""]
+
+
+def parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the tensor's name in it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _stored_weights(checkpoint: Checkpoint, reading: Reading, files: ExitStack) -> dict[str, StoredWeight]:
+    """Every weight by its stored name, unread; `files` closes what was opened."""
+    if checkpoint.pickles:
+        tensors = open_pickles(checkpoint.folder)
+        return {name: StoredWeight(reading, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+    found: dict[str, StoredWeight] = {}
+    for shard in checkpoint.shards:
+        opened = files.enter_context(safe_open(shard, framework="pt", device="cpu"))
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            found[name] = StoredWeight(reading, lambda opened=opened, name=name: opened.get_tensor(name))
+    return found
+
+
+def _converted(
+    skeleton: PreTrainedModel, weights: Mapping[str, StoredWeight], device_map: Mapping[str, torch.device]
+) -> LoadStateDictInfo:
+    config = LoadStateDictConfig(
+        device_map=dict(device_map), dtype=skeleton.dtype, weight_mapping=get_model_conversion_mapping(skeleton)
+    )
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        info, _ = convert_and_load_state_dict_in_model(skeleton, weights, config)
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
+    return info
+
+
+def _take_memory_at_once(skeleton: PreTrainedModel, device_map: Mapping[str, torch.device]) -> None:
+    """One large allocation per GPU that torch's allocator then cuts up: one per weight takes longer than the copies."""
+    named = (*skeleton.named_parameters(), *skeleton.named_buffers())
+    devices = {name: device_of(name, device_map) for name, _ in named}
+    on_gpus = {name: device for name, device in devices.items() if device.type == "cuda"}
+    if on_gpus:
+        caching_allocator_warmup(skeleton, on_gpus, None)
+
+
+def _refuse_unlike(info: LoadStateDictInfo, checkpoint: Checkpoint) -> None:
+    """Raise what went wrong with single weights, which transformers notes and goes on."""
+    broken = dict(info.conversion_errors)
+    if any("OutOfMemoryError" in text for text in broken.values()):
+        name, text = next(iter(broken.items()))
+        raise torch.OutOfMemoryError(f"out of memory while {name} was put together: {_last_line(text)}")
+    if broken:
+        name, text = next(iter(broken.items()))
+        raise SourceError(f"{checkpoint.folder}: {name} cannot be put together from what is stored: {_last_line(text)}")
+    if info.mismatched_keys:
+        name, stored, expected = sorted(info.mismatched_keys)[0]
+        raise SourceError(
+            f"{checkpoint.folder}: {len(info.mismatched_keys)} weights are not those of the config. {name} is "
+            f"{list(stored)}, the config says {list(expected)}. Download config and shards from the same revision."
+        )
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def _initialise_optional(
+    skeleton: PreTrainedModel, device_map: Mapping[str, torch.device], checkpoint: Checkpoint
+) -> None:
+    """Give weights that checkpoints may leave out, because nothing reads them, the values a new model has."""
+    missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
+    unexplained = [name for name in missing if not _matches(name, skeleton._keys_to_ignore_on_load_missing or ())]
+    if unexplained:
+        shown = ", ".join(unexplained[:MAX_NAMES_SHOWN])
+        raise SourceError(
+            f"{checkpoint.folder} has no value for {len(unexplained)} weights: {shown}. It is incomplete, or its "
+            "weights are another model's: download config and shards from the same revision."
+        )
+    for name in missing:
+        module, leaf = parent(skeleton, name)
+        empty = torch.empty_like(module._parameters[leaf], device=device_of(name, device_map))
+        module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in missing):
+        with torch.no_grad():
+            skeleton._init_weights(skeleton.get_submodule(path))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)

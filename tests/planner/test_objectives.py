@@ -1,0 +1,438 @@
+"""Latency and throughput against brute force over every placement, on unequal devices and unequal links.
+
+The oracle shares no code with the solver or the timing: it prices groups and copies itself, from the definitions, lists
+every way to cut the groups into stages on up to three devices, and ranks them by the rule: the objective, then the
+largest smallest free share of memory, then fewer stages, then stage by stage the lowest device and the longest run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, permutations
+from typing import Any, Literal
+
+import pytest
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+
+from planner.constraints import Constraints
+from planner.errors import ConstraintError
+from planner.graph import INPUTS, Flow, Home, ModuleGraph, ModuleGroup, PhaseCost
+from planner.machine import Device, Link, Machine
+from planner.memory import WORKSPACE_BYTES
+from planner.polynomial import Quantities, constant, variable
+from planner.problem import PlacedStage, Problem, Solution, evaluate
+from planner.solve import chain_dp
+from planner.units import MIB
+
+GRAIN = 16 * MIB
+NEW_TOKENS = 3
+PROMPT = 8
+COUNTS = Quantities(batch=1, images=0, patches=0, text_tokens=PROMPT, image_tokens=0, positions=PROMPT + NEW_TOKENS)
+PCIE, LATENCY, LAUNCH = 15.753846e9, 26e-6, 13e-6
+"""The documented defaults, written out."""
+
+oracle = settings(derandomize=True, deadline=None, max_examples=300)
+briefly = settings(oracle, max_examples=80)
+Objective = Literal["latency", "throughput"]
+Stages = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+# -- the oracle
+
+
+@dataclass(frozen=True)
+class Question:
+    """A problem in plain terms, and brute force over its answers."""
+
+    graph: ModuleGraph
+    machine: Machine
+    objective: Objective
+    pins: dict[str, int]
+
+    @cached_property
+    def problem(self) -> Problem:
+        problem = Problem.of(self.graph, self.machine, COUNTS, Constraints(pins=self.pins))
+        return replace(problem, objective=self.objective)
+
+    def stage_lists(self) -> Iterator[Stages]:
+        count = len(self.graph.groups)
+        for num_stages in range(1, min(count, len(self.machine.devices)) + 1):
+            for cuts in combinations(range(1, count), num_stages - 1):
+                runs = [tuple(range(*run)) for run in zip((0, *cuts), (*cuts, count), strict=True)]
+                for devices in permutations(range(len(self.machine.devices)), num_stages):
+                    stages = tuple(zip(devices, runs, strict=True))
+                    where = {self.graph.groups[m].id: device for device, members in stages for m in members}
+                    if all(where[name] == device for name, device in self.pins.items()):
+                        yield stages
+
+    def free_fraction(self, stages: Stages) -> float:
+        shares = []
+        for position, members in stages:
+            device = self.machine.devices[position]
+            used = sum(self.graph.groups[member].weight_bytes for member in members) + WORKSPACE_BYTES
+            shares.append((device.memory_bytes - used) / device.memory_bytes)
+        return min(shares)
+
+    def copies(self, stages: Stages) -> list[tuple[Flow, int, int]]:
+        """Every copy that a pass makes: the tensor, and the devices it goes between."""
+        where = {self.graph.groups[member].id: device for device, members in stages for member in members}
+        where[INPUTS] = 0 if self.graph.home else where[self.graph.groups[0].id]
+        return [
+            (flow, where[flow.producer], target)
+            for flow in self.graph.flows
+            if flow.producer != INPUTS or self.graph.home
+            for target in sorted({where[consumer] for consumer in flow.consumers})
+            if target != where[flow.producer]
+        ]
+
+    def copy_ns(self, flow: Flow, source: int, target: int) -> int:
+        names = self.machine.devices[source].name, self.machine.devices[target].name
+        rate, wait = PCIE, LATENCY
+        for link in self.machine.links:
+            if (link.source, link.target) == names:
+                rate, wait = link.bandwidth_bytes_per_s, link.latency_s
+        times = NEW_TOKENS if flow.phase == "decode" else 1
+        return times * round((wait + flow.num_bytes(COUNTS) / rate) * 1e9)
+
+    def compute_ns(self, member: int, position: int) -> int:
+        device, group = self.machine.devices[position], self.graph.groups[member]
+        assert device.flops_per_s and device.bandwidth_bytes_per_s
+        at = {"encode": COUNTS, "prefill": COUNTS, "decode": replace(COUNTS, positions=PROMPT + 2)}
+        spent = 0
+        for phase, cost in (("encode", group.encode), ("prefill", group.prefill), ("decode", group.decode)):
+            if cost is not None:
+                counts = at[phase]
+                flops, reads = cost.flops(counts), cost.read_bytes(counts)
+                busy = max(flops / (0.68 * device.flops_per_s), reads / (0.75 * device.bandwidth_bytes_per_s))
+                once = round((busy + cost.launches(counts) * LAUNCH) * 1e9)
+                spent += once * (NEW_TOKENS if phase == "decode" else 1)
+        return spent
+
+    def value(self, stages: Stages) -> int:
+        stage_ns = {device: sum(self.compute_ns(member, device) for member in members) for device, members in stages}
+        copies = self.copies(stages)
+        if self.objective == "latency":
+            return sum(stage_ns.values()) + sum(self.copy_ns(*copy) for copy in copies)
+        for flow, source, target in copies:
+            if target in stage_ns:
+                stage_ns[target] += self.copy_ns(flow, source, target)
+        for flow in self.graph.flows:
+            sent = [copy for copy in copies if copy[0] is flow]
+            if sent and sent[0][1] in stage_ns:
+                stage_ns[sent[0][1]] += max(self.copy_ns(*copy) for copy in sent)
+        return max(stage_ns.values())
+
+    def is_legal(self, stages: Stages) -> bool:
+        barred = {(link.source, link.target) for link in self.machine.links if not link.allowed}
+        names = [device.name for device in self.machine.devices]
+        used = {(names[source], names[target]) for _, source, target in self.copies(stages)}
+        return self.free_fraction(stages) >= 0 and not barred & used
+
+    def rank(self, stages: Stages) -> tuple[Any, ...]:
+        """The smaller the better."""
+        order = tuple((device, -len(members)) for device, members in stages)
+        return self.value(stages), -self.free_fraction(stages), len(stages), order
+
+    def best(self) -> Stages | None:
+        return min((stages for stages in self.stage_lists() if self.is_legal(stages)), key=self.rank, default=None)
+
+    def answer(self) -> Solution | None:
+        """The solver's solution, None where pins or links exclude every placement."""
+        try:
+            return chain_dp.solve(self.problem)
+        except ConstraintError:
+            return None
+
+
+def plain(solution: Solution) -> Stages:
+    return tuple((stage.device, stage.members) for stage in solution.stages)
+
+
+# -- problems
+
+WORK = st.integers(0, 3)
+COSTS = st.none() | st.builds(
+    lambda flops, reads, launches: PhaseCost(
+        flops=constant(flops * 10**8),
+        read_bytes=reads * 10**6 * variable("positions"),
+        launches=constant(launches),
+    ),
+    *[WORK] * 3,
+)
+
+
+@st.composite
+def graphs(draw: st.DrawFn, *, far: bool) -> ModuleGraph:
+    """Up to seven groups in a row, the first of which sends to others and gets results back; `far`: any flows."""
+    count = draw(st.integers(1, 7))
+    names = [f"g{i}" for i in range(count)]
+    groups = tuple(
+        ModuleGroup(
+            id=name,
+            modules=(name,),
+            role="decoder_layer",
+            weight_bytes=draw(st.integers(1, 6)) * GRAIN,
+            num_parameters=1,
+            encode=draw(COSTS),
+            prefill=draw(COSTS),
+            decode=draw(COSTS),
+        )
+        for name in names
+    )
+    flows = [flow_of(draw, a, (b,)) for a, b in zip(names, names[1:], strict=False)]
+    later = st.lists(st.sampled_from(names[1:]), min_size=1, unique=True) if count > 1 else st.nothing()
+    if count > 1:
+        flows += [flow_of(draw, "g0", tuple(sorted(draw(later)))) for _ in range(draw(st.integers(0, 2)))]
+        flows += [replace(flow_of(draw, names[-1], (INPUTS,)), revisits=True)]
+    if far and count > 3:
+        flows += [flow_of(draw, names[1], tuple(names[3:]))]
+    flows += [replace(flow_of(draw, INPUTS, ("g0",)), tensor="input_ids")]
+    home = draw(st.sampled_from([None, None, Home()]))
+    return ModuleGraph(name="toy", dtype="float16", groups=groups, flows=tuple(flows), home=home)
+
+
+def flow_of(draw: st.DrawFn, producer: str, consumers: tuple[str, ...]) -> Flow:
+    return Flow(
+        tensor="x",
+        producer=producer,
+        consumers=consumers,
+        phase=draw(st.sampled_from(["prefill", "decode"])),
+        num_bytes=constant(draw(st.integers(0, 4)) * 10**6),
+    )
+
+
+DEVICES = st.builds(
+    lambda grains, bandwidth, flops: Device(
+        index=0,
+        memory_bytes=WORKSPACE_BYTES + grains * GRAIN,
+        context_bytes=0,
+        reserve_bytes=0,
+        bandwidth_bytes_per_s=bandwidth * 1e11,
+        flops_per_s=flops * 1e12,
+    ),
+    grains=st.sampled_from([8, 12, 12, 20, 40]),
+    bandwidth=st.sampled_from([1, 1, 4]),
+    flops=st.sampled_from([10, 10, 50]),
+)
+
+
+@st.composite
+def machines(draw: st.DrawFn, links: Literal["alike", "unequal", "forbidden"]) -> Machine:
+    drawn = draw(st.lists(DEVICES, min_size=1, max_size=3))
+    devices = tuple(replace(device, index=i) for i, device in enumerate(drawn))
+    found = []
+    for source, target in permutations(range(len(devices)), 2):
+        if links != "alike" and draw(st.booleans()):
+            rate = draw(st.sampled_from([1e9, 4e10]))
+            allowed = links != "forbidden" or draw(st.booleans())
+            names = {"source": f"cuda:{source}", "target": f"cuda:{target}"}
+            found.append(Link(**names, bandwidth_bytes_per_s=rate, latency_s=1e-4, allowed=allowed))
+    return Machine(devices=devices, links=tuple(found))
+
+
+@st.composite
+def questions(
+    draw: st.DrawFn, links: Literal["alike", "unequal", "forbidden"] = "alike", far: bool = False
+) -> Question:
+    graph, machine = draw(graphs(far=far)), draw(machines(links))
+    device = st.integers(0, len(machine.devices) - 1)
+    return Question(
+        graph=graph,
+        machine=machine,
+        objective=draw(st.sampled_from(["latency", "throughput"])),
+        pins=draw(st.dictionaries(st.sampled_from([group.id for group in graph]), device, max_size=1)),
+    )
+
+
+# -- claims
+
+
+@oracle
+@given(questions(far=True))
+def test_with_links_alike_the_solver_equals_brute_force(question: Question) -> None:
+    best, solution = question.best(), question.answer()
+    if best is None:
+        assert solution is None or solution.status == "INFEASIBLE"
+        return
+    assert solution is not None and solution.status == "OPTIMAL"
+    assert plain(solution) == best
+    assert solution.value == solution.bound == question.value(best)
+
+
+@oracle
+@given(questions(links="unequal"))
+def test_with_unequal_links_no_placement_is_better_than_the_bound(question: Question) -> None:
+    best, solution = question.best(), question.answer()
+    if best is None:
+        assert solution is None or solution.status == "INFEASIBLE"
+        return
+    assert solution is not None
+    assert solution.bound <= question.value(best) <= solution.value == question.value(plain(solution))
+    event(solution.status)
+    if solution.status == "OPTIMAL":
+        assert solution.value == question.value(best)
+    if question.objective == "latency":
+        assert solution.status == "OPTIMAL"
+
+
+@oracle
+@given(questions(links="forbidden"))
+def test_forbidden_links_are_kept_off_and_exclude_nothing_else(question: Question) -> None:
+    best, solution = question.best(), question.answer()
+    if best is None:
+        assert solution is None or solution.status == "INFEASIBLE"
+        return
+    assert solution is not None and question.is_legal(plain(solution))
+    assert solution.bound <= question.value(best) <= solution.value
+
+
+@briefly
+@given(questions(links="forbidden"))
+def test_balance_keeps_off_forbidden_links_too(question: Question) -> None:
+    legal = [stages for stages in question.stage_lists() if question.is_legal(stages)]
+    try:
+        solution = chain_dp.solve(replace(question.problem, objective="balance"))
+    except ConstraintError:
+        assert not legal
+        return
+    assert bool(legal) == (solution.status == "OPTIMAL")
+    if legal:
+        assert question.is_legal(plain(solution))
+        assert len(solution.stages) == max(map(len, legal))
+
+
+@briefly
+@given(questions(links="unequal", far=True))
+def test_the_evaluator_gives_any_placement_its_value(question: Question) -> None:
+    for stages in list(question.stage_lists())[:20]:
+        placed = tuple(PlacedStage(device=device, members=members) for device, members in stages)
+        evaluation = evaluate(question.problem, placed)
+        assert evaluation.value(question.problem) == question.value(stages)
+        assert evaluation.free_fraction == question.free_fraction(stages)
+
+
+@briefly
+@given(questions(), st.integers(0, 2), st.integers(1, 20))
+def test_more_memory_never_makes_it_slower(question: Question, device: int, grains: int) -> None:
+    assume(device < len(question.machine.devices))
+    enlarged = list(question.machine.devices)
+    enlarged[device] = replace(enlarged[device], memory_bytes=enlarged[device].memory_bytes + grains * GRAIN)
+    before, after = question.answer(), replace(question, machine=Machine(devices=tuple(enlarged))).answer()
+    assume(before is not None and before.status == "OPTIMAL")
+    assert before is not None and after is not None and after.value <= before.value
+
+
+@briefly
+@given(questions(), st.permutations(range(3)))
+def test_renaming_devices_changes_no_value(question: Question, order: list[int]) -> None:
+    assume(question.graph.home is None)
+    order = [position for position in order if position < len(question.machine.devices)]
+    moved = tuple(replace(question.machine.devices[old], index=new) for new, old in enumerate(order))
+    pins = {name: order.index(device) for name, device in question.pins.items()}
+    before = question.answer()
+    after = replace(question, machine=Machine(devices=moved), pins=pins).answer()
+    assert (before is None) == (after is None)
+    if before is not None and after is not None:
+        assert (before.status, before.value) == (after.status, after.value)
+
+
+@briefly
+@given(questions())
+def test_all_devices_are_used_where_that_is_asked_for(question: Question) -> None:
+    every = [s for s in question.stage_lists() if len(s) == len(question.machine.devices) and question.is_legal(s)]
+    try:
+        solution = chain_dp.solve(replace(question.problem, all_devices=True))
+    except ConstraintError:
+        assert not every
+        return
+    assert bool(every) == (solution.status == "OPTIMAL")
+    assert not every or plain(solution) == min(every, key=question.rank)
+
+
+# -- by hand
+
+
+def row(*sizes: int, reads: int = 10**8) -> ModuleGraph:
+    """Groups of so many bytes that each read `reads` bytes per pass and send nothing."""
+    cost = PhaseCost(read_bytes=constant(reads))
+    groups = tuple(
+        ModuleGroup(
+            id=f"g{i}",
+            modules=(f"g{i}",),
+            role="decoder_layer",
+            weight_bytes=size * GRAIN,
+            num_parameters=1,
+            prefill=cost,
+            decode=cost,
+        )
+        for i, size in enumerate(sizes)
+    )
+    return ModuleGraph(name="row", dtype="float16", groups=groups)
+
+
+def devices(*grains_and_bandwidths: tuple[int, float | None]) -> Machine:
+    return Machine(
+        devices=tuple(
+            Device(
+                index=i,
+                memory_bytes=WORKSPACE_BYTES + grains * GRAIN,
+                context_bytes=0,
+                reserve_bytes=0,
+                bandwidth_bytes_per_s=bandwidth,
+                flops_per_s=bandwidth and 1e15,
+            )
+            for i, (grains, bandwidth) in enumerate(grains_and_bandwidths)
+        )
+    )
+
+
+def solved(graph: ModuleGraph, machine: Machine, objective: Objective, **options: Any) -> Solution:
+    return chain_dp.solve(replace(Problem.of(graph, machine, COUNTS), objective=objective), **options)
+
+
+def test_latency_fills_the_fastest_device_and_throughput_gives_each_its_share() -> None:
+    """Eight groups, three times as fast on the second device: all of them there, or two and six."""
+    graph, machine = row(*[1] * 8), devices((20, 1e11), (20, 3e11))
+    assert plain(solved(graph, machine, "latency")) == ((1, tuple(range(8))),)
+    assert [(device, len(members)) for device, members in plain(solved(graph, machine, "throughput"))] == [
+        (0, 2),
+        (1, 6),
+    ]
+
+
+def test_a_request_takes_a_prefill_and_its_new_tokens() -> None:
+    """One group: four passes of 10**8 bytes at 0.75 of 10**11 bytes a second."""
+    solution = solved(row(1), devices((20, 1e11)), "latency")
+    assert solution.value == 4 * round(10**8 / 0.75e11 * 1e9)
+
+
+def test_a_device_of_unknown_speed_is_refused_by_name() -> None:
+    with pytest.raises(ConstraintError, match=r"the objective latency needs the speed of cuda:1: name GPU models"):
+        solved(row(1, 1), devices((20, 1e11), (20, None)), "latency")
+
+
+def test_an_answer_too_long_to_compare_is_refused() -> None:
+    problem = replace(Problem.of(row(1), devices((20, 1e11)), COUNTS), objective="latency", new_tokens=10**12)
+    with pytest.raises(ConstraintError, match="an answer of 1000000000000 tokens takes 1.33e.09 s on cuda:0 alone"):
+        chain_dp.solve(problem)
+
+
+def test_eighteen_unequal_devices_are_placed_in_a_few_orders_with_a_gap_and_no_claim() -> None:
+    machine = devices(*((6 + i, (1 + i / 10) * 1e11) for i in range(18)))
+    graph = row(*[2] * 40)
+    for objective in ("latency", "throughput"):
+        solution = solved(graph, machine, objective)
+        assert (solution.status, solution.method) == ("FEASIBLE", "chain-dp, some orders of devices")
+        assert 0 < solution.gap < 0.5 and solution.bound < solution.value
+
+
+def test_out_of_time_the_best_found_is_returned_as_not_reproducible() -> None:
+    machine = devices(*((9 + i, (1 + i / 10) * 1e11) for i in range(14)))
+    solution = solved(row(*[2] * 40), machine, "latency", time_limit_s=0.0)
+    assert (solution.status, solution.method) == ("FEASIBLE", "chain-dp, out of time: not reproducible")
+    exact = solved(row(*[2] * 40), machine, "latency")
+    assert solution.bound <= exact.value <= solution.value and exact.status == "OPTIMAL"
+    assert solved(row(*[2] * 40), machine, "latency", time_limit_s=600.0) == exact

@@ -1,0 +1,196 @@
+"""Models whose graph a trace found: of any architecture that has a class, for the workloads that were traced.
+
+Torch-free: costs come from files, or from a tracer that the caller hands in. It does not know how to trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from planner.errors import ConstraintError
+from planner.graph import ModuleGraph
+from planner.polynomial import Quantities
+from planner.workload import ITEMSIZE, Workload
+from vlm.checkpoint import Checkpoint
+
+VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "use_cache")
+"""Keys of a config that say nothing about the modules, and differ between files of one model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRule:
+    """What one image amounts to: patches for the encoder, positions in the prompt.
+
+    A model of fixed images has one answer. For one that takes any size the answer is per cell of `cell_px` pixels a
+    side, in a picture of `native_px` (width, height) unless another size is asked for; where cells do not add up, as
+    with tiles, `cell_px` is None and the answer holds for `native_px` alone.
+    """
+
+    native_px: tuple[int, int]
+    any_size: bool
+    cell_px: int | None
+    patches: int
+    tokens: int
+
+    def counts(self, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Patches and positions of one image of this (width, height); None when only a trace can tell."""
+        if not self.any_size or (self.cell_px is None and image_size in (None, self.native_px)):
+            return self.patches, self.tokens
+        if self.cell_px is None:
+            return None
+        width, height = image_size or self.native_px
+        cells = max(1, round(width / self.cell_px)) * max(1, round(height / self.cell_px))
+        return cells * self.patches, cells * self.tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedCosts:
+    """A traced graph, what an image is to it (None where no image was traced), and which model that was.
+
+    `fingerprint` hashes the names and shapes of its parameters; `max_positions` is what its config says it was made
+    for.
+    """
+
+    graph: ModuleGraph
+    image: ImageRule | None
+    fingerprint: str
+    max_positions: int | None
+    versions: str
+
+
+Tracer = Callable[["TracedModel", Workload], TracedCosts]
+"""Finds the costs of a model under a workload: in a file, or by running it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedModel:
+    """A model of any architecture. `find_costs` answers for each kind of workload that is asked about.
+
+    `catalogue_stem` names the catalogue's file, where the model is from there.
+    """
+
+    name: str
+    origin: Literal["folder", "catalogue"]
+    architecture: str
+    default_dtype: str
+    config: Mapping[str, Any]
+    find_costs: Tracer
+    checkpoint: Checkpoint | None = None
+    catalogue_stem: str | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the config speaks of images, patches or a vision part anywhere."""
+        return _speaks_of_images(self.config)
+
+    @property
+    def fixed_image_px(self) -> tuple[int, int] | None:
+        """Width and height that every picture is resized to; None where any size will do."""
+        rule = self._costs(self._default).image
+        return rule.native_px if rule and not rule.any_size else None
+
+    @property
+    def max_positions(self) -> int | None:
+        """The context that the model was made for."""
+        return self._costs(self._default).max_positions
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for any two sources of the same architecture at the same size."""
+        return self._costs(self._default).fingerprint
+
+    @property
+    def config_digest(self) -> str:
+        """A hash of what the config says about the modules."""
+        content = {key: value for key, value in self.config.items() if key not in VOLATILE_KEYS}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def resolved(self, workload: Workload) -> Workload:
+        """`workload` with every "auto" and default decided for this model.
+
+        Raises: ConstraintError when `max_model_len` is shorter than the request, or `kv_dtype` is not `dtype`.
+        """
+        typed = self._typed(workload)
+        image_tokens = self._image_counts(typed)[1]
+        needed = typed.prompt_tokens + image_tokens + typed.new_tokens
+        length = needed if typed.max_model_len is None else typed.max_model_len
+        if length < needed:
+            raise ConstraintError(
+                f"max_model_len {length} is shorter than the request: {typed.prompt_tokens} prompt + {image_tokens} "
+                f"image + {typed.new_tokens} new = {needed} positions. Raise --max-model-len to {needed} or ask for "
+                "less."
+            )
+        return replace(typed, max_model_len=length)
+
+    def quantities(self, workload: Workload) -> Quantities:
+        """The counts of a resolved workload."""
+        patches, image_tokens = self._image_counts(workload)
+        return Quantities(
+            batch=workload.batch_size,
+            images=workload.num_images,
+            patches=patches,
+            text_tokens=workload.prompt_tokens,
+            image_tokens=image_tokens,
+            positions=workload.max_model_len or 0,
+        )
+
+    def graph(self, workload: Workload) -> ModuleGraph:
+        """The module graph of a resolved workload's kind, in its dtype."""
+        return replace(self._costs(workload).graph, name=self.name, dtype=workload.dtype)
+
+    @property
+    def _default(self) -> Workload:
+        return self._typed(Workload(num_images=1 if self.has_images else 0))
+
+    def _typed(self, workload: Workload) -> Workload:
+        dtype = self.default_dtype if workload.dtype == "auto" else workload.dtype
+        kv_dtype = dtype if workload.kv_dtype == "auto" else workload.kv_dtype
+        if kv_dtype != dtype:
+            raise ConstraintError(
+                f"kv_dtype {kv_dtype} with dtype {dtype}: the cache keeps keys and values in the model's dtype. "
+                "Leave kv_dtype at auto."
+            )
+        images = workload.num_images if self.has_images else 0
+        return replace(workload, dtype=dtype, kv_dtype=kv_dtype, num_images=images)
+
+    def _image_counts(self, workload: Workload) -> tuple[int, int]:
+        """Patches and positions of all images of a sample."""
+        if not workload.num_images:
+            return 0, 0
+        rule = self._costs(workload).image
+        assert rule is not None, "costs with images have a rule for them"
+        counts = rule.counts(workload.image_size)
+        assert counts is not None, "costs are found for the size that is asked for"
+        return workload.num_images * counts[0], workload.num_images * counts[1]
+
+    def _costs(self, workload: Workload) -> TracedCosts:
+        return self.find_costs(self, workload)
+
+
+MAX_TRACED_TOKENS = 16384
+"""Longest prompt that is traced: masks are real there, and one of this length squared is 256 MiB."""
+MIN_TRACED_TOKENS = 4096
+
+
+def traced_tokens(workload: Workload) -> int:
+    """Length of the longest prompt to trace for a workload: a power of two that covers its positions, within limits."""
+    longest = max(workload.prompt_tokens, workload.max_model_len or 0, MIN_TRACED_TOKENS)
+    return min(MAX_TRACED_TOKENS, 1 << (longest - 1).bit_length())
+
+
+def costs_key(workload: Workload) -> str:
+    """What costs are found for: workloads of one key differ in nothing but the lengths of text and answer."""
+    size = "x".join(map(str, workload.image_size)) if workload.image_size and workload.num_images else "native"
+    images = f"{workload.num_images} images {size}" if workload.num_images else "text only"
+    lengths = f"{workload.attention}, {ITEMSIZE[workload.dtype]} bytes, to {traced_tokens(workload)} tokens"
+    return f"batch {workload.batch_size}, {images}, {lengths}"
+
+
+def _speaks_of_images(config: Mapping[str, Any]) -> bool:
+    levels = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    keys = [str(key) for level in levels for key in level]
+    return any(mark in key for key in keys for mark in ("image", "vision", "patch", "vq_config"))
