@@ -116,7 +116,9 @@ def open_pickles(source: Path) -> dict[str, torch.Tensor]:
     keys_of_shard = _keys_of_shard(source)
     _refuse_unreadable(source / name for name in keys_of_shard)
     return {
-        key: tensor for name, keys in keys_of_shard.items() for key, tensor in _load_tensors(source / name, keys).items()
+        key: tensor
+        for name, keys in keys_of_shard.items()
+        for key, tensor in _load_tensors(source / name, keys).items()
     }
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -71,8 +71,8 @@ class Hub:
 
         Raises: SourceError when the model is gated, missing, unreachable, damaged, or has no safetensors.
         """
-        if self.offline:
-            return read_checkpoint(self._snapshot(repo_id, None))
+        if self.offline or is_offline_mode():
+            return read_checkpoint(self._cached(repo_id))
         with _in_one_sentence(repo_id, self):
             names = self._names(repo_id)
             here = self._snapshot(repo_id, _needed(names, ()))
@@ -88,13 +88,10 @@ class Hub:
         Raises: SourceError as `checkpoint`, or when a download breaks off or differs from the hub's checksums. Whole
         files are kept for the next try, damaged ones are not.
         """
-        if self.offline:
-            return self._snapshot(repo_id, None)
+        if self.offline or is_offline_mode():
+            return self._cached(repo_id)
         with _in_one_sentence(repo_id, self):
-            try:
-                names = self._names(repo_id)
-            except OfflineModeIsEnabled:
-                return self._snapshot(repo_id, None)
+            names = self._names(repo_id)
             here = self._snapshot(repo_id, _needed(names, ()))
             weights = _shards(here, names) or _pickles(names)
             if not weights:
@@ -112,7 +109,11 @@ class Hub:
         info = self._api().model_info(repo_id, revision=self.revision)
         return [file.rfilename for file in info.siblings or ()]
 
-    def _snapshot(self, repo_id: str, patterns: list[str] | None) -> Path:
+    def _cached(self, repo_id: str) -> Path:
+        """The folder of what was downloaded before; whether the weights are whole shows when they are read."""
+        return self._snapshot(repo_id, ["config.json"])
+
+    def _snapshot(self, repo_id: str, patterns: list[str]) -> Path:
         with _in_one_sentence(repo_id, self):
             return Path(
                 snapshot_download(

@@ -246,6 +246,17 @@ def _tiles(request: ImageRequest) -> Iterator[Pixels]:
     }
 
 
+def _grid_of_tiles(request: ImageRequest) -> Iterator[Pixels]:
+    """An overview and the tiles of each image, as the configuration's own tiling cuts it, and their arrangement."""
+    tiling = request.config.tiling
+    rows, columns = tiling.grid(request.width, request.height, num_images=request.num_images)
+    count = request.total_images * (1 + rows * columns)
+    yield {
+        "pixel_values": request.noise(count, request.channels, tiling.tile_px, tiling.tile_px),
+        "image_tiles": request.per_image(rows, columns),
+    }
+
+
 def _sized_images(request: ImageRequest) -> Iterator[Pixels]:
     """Images padded to one size, and the size of each."""
     pixels = request.noise(request.total_images, *request.image_shape)
@@ -301,6 +312,7 @@ def _format(*names: str, layouts: Callable[[ImageRequest], Iterator[Pixels]], an
 TILES = _format("image_sizes", layouts=_tiles, any_size=True)
 SIZED_IMAGES = _format("image_sizes", layouts=_sized_images, any_size=True)
 FORMATS = (
+    _format("image_tiles", layouts=_grid_of_tiles, any_size=True),
     _format("image_grid_thw", layouts=_packed_patches, any_size=True),
     _format("image_grid_hw", layouts=_packed_flat_patches, any_size=True),
     _format("spatial_shapes", layouts=_padded_patches, any_size=True),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -121,7 +122,10 @@ def example_pictures(
     _check_num_images(request)
     height, width = fitted_size(request, image_size)
     request = replace(request, height=height, width=width)
-    pixels, num_positions = _accepted_pixels(probe, request) if num_images else ({}, 0)
+    if not num_images:
+        return Pictures(request=request, pixels={}, image_tokens=0)
+    layout, num_positions = _accepted_layout(probe, replace(request, batch_size=1))
+    pixels = next(islice(image_format(request).layouts(request), layout, None))
     return Pictures(request=request, pixels=pixels, image_tokens=num_positions)
 
 
@@ -259,21 +263,21 @@ def _check_num_images(request: ImageRequest) -> None:
         )
 
 
-def _accepted_pixels(probe: PreTrainedModel, request: ImageRequest) -> tuple[Pixels, int]:
-    """Pixels in the first layout that the vision path takes, and the positions that the images of a sample take."""
+def _accepted_layout(probe: PreTrainedModel, request: ImageRequest) -> tuple[int, int]:
+    """The first layout of one sample's pixels that the vision path takes, and the positions that its images take."""
     function = _vision_function(probe)
     fixed = next((count for name in _FIXED_COUNTS if (count := getattr(request.config, name, None))), 0)
     refusals = []
-    for pixels in image_format(request).layouts(request):
+    for index, pixels in enumerate(image_format(request).layouts(request)):
         if function is None or not pixels:
-            return pixels, fixed * request.num_images
+            return index, fixed * request.num_images
         try:
             num_rows = _num_feature_rows(function, pixels | _qformer_inputs(pixels), probe.dtype)
         except _REFUSALS as refusal:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in pixels.items())
             refusals.append(f"{shapes}: {type(refusal).__name__}: {refusal}")
             continue
-        return pixels, fixed * request.num_images or num_rows // request.batch_size
+        return index, fixed * request.num_images or num_rows
     name = type(probe).__name__
     raise UnsupportedModelError(f"{name} takes images in none of the layouts known here.\n" + "\n".join(refusals))
 

@@ -24,7 +24,9 @@ from vlm.checkpoint import (
     read_json,
 )
 from vlm.cost_library import CostLibrary
+from vlm.families import FAMILIES
 from vlm.internlm_xcomposer2 import planned
+from vlm.internlm_xcomposer2_hd import facts as tiled
 from vlm.traced import TracedModel, Tracer
 
 
@@ -129,40 +131,48 @@ def _from_folder(folder: Path, find_costs: Tracer) -> Model:
     else:
         checkpoint = None
     config = checkpoint.config if checkpoint else read_json(folder / "config.json")
-    architecture = _architecture(config, checkpoint, folder / "config.json")
-    if architecture in planned.ARCHITECTURES and checkpoint:
+    if checkpoint and checkpoint.pickles and _architecture(config, checkpoint, folder) in planned.ARCHITECTURES:
         # Compared with the config by their headers, which pickles do not have: reading them as safetensors says so.
-        return planned.from_checkpoint(read_checkpoint(folder) if checkpoint.pickles else checkpoint, architecture)
+        checkpoint = read_checkpoint(folder)
+    return _model_of(config, checkpoint, folder.resolve(), "folder", find_costs)
+
+
+def _from_hub(checkpoint: Checkpoint, find_costs: Tracer) -> Model:
+    return _model_of(checkpoint.config, checkpoint, checkpoint.folder, "hub", find_costs)
+
+
+def _model_of(
+    config: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    folder: Path,
+    origin: Literal["folder", "hub"],
+    find_costs: Tracer,
+) -> Model:
+    """The model that a config describes, and the weights where there are any."""
+    where = folder / "config.json"
+    architecture = _architecture(config, checkpoint, where)
+    if checkpoint and tiled.is_tiled(checkpoint.tensors):
+        shapes = {name: header.shape for name, header in checkpoint.tensors.items()}
+        config = tiled.completed(config, shapes, str(where))
+        architecture = config["architectures"][0]
+    elif checkpoint and architecture in planned.ARCHITECTURES:
+        return replace(planned.from_checkpoint(checkpoint, architecture), origin=origin)
     return TracedModel(
-        name=folder.resolve().name,
-        origin="folder",
+        name=folder.name,
+        origin=origin,
         architecture=architecture,
-        default_dtype=_stored_dtype(config, checkpoint),
+        default_dtype=_stored_dtype(config, checkpoint, architecture),
         config=config,
         find_costs=find_costs,
         checkpoint=checkpoint,
     )
 
 
-def _from_hub(checkpoint: Checkpoint, find_costs: Tracer) -> Model:
-    architecture = _architecture(checkpoint.config, checkpoint, checkpoint.folder / "config.json")
-    if architecture in planned.ARCHITECTURES:
-        return replace(planned.from_checkpoint(checkpoint, architecture), origin="hub")
-    return TracedModel(
-        name=checkpoint.folder.name,
-        origin="hub",
-        architecture=architecture,
-        default_dtype=_stored_dtype(checkpoint.config, checkpoint),
-        config=checkpoint.config,
-        find_costs=find_costs,
-        checkpoint=checkpoint,
-    )
-
-
-def _stored_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) -> str:
-    """What most weights are stored in, else what the config says, where that is a 16-bit dtype."""
+def _stored_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None, architecture: str) -> str:
+    """What most weights are stored in, else what the config says, where that is a 16-bit dtype; else the family's."""
     stored = (checkpoint and checkpoint.dtype) or str(config.get("dtype") or config.get("torch_dtype"))
-    return stored if stored in ("float16", "bfloat16") else "bfloat16"
+    family = FAMILIES.get(architecture)
+    return stored if stored in ("float16", "bfloat16") else family.dtype if family else "bfloat16"
 
 
 def _architecture(config: Mapping[str, Any], checkpoint: Checkpoint | None, where: Path) -> str:

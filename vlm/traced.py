@@ -16,6 +16,7 @@ from planner.graph import ModuleGraph
 from planner.polynomial import Quantities
 from planner.workload import ITEMSIZE, Workload
 from vlm.checkpoint import Checkpoint
+from vlm.families import FAMILIES
 
 VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "use_cache")
 """Keys of a config that say nothing about the modules, and differ between files of one model."""
@@ -84,8 +85,9 @@ class TracedModel:
 
     @property
     def has_images(self) -> bool:
-        """Whether the config speaks of images, patches or a vision part anywhere."""
-        return _speaks_of_images(self.config)
+        """Whether the architecture takes images, or the config speaks of them, of patches or a vision part anywhere."""
+        family = FAMILIES.get(self.architecture)
+        return family is not None and family.sees or _speaks_of_images(self.config)
 
     @property
     def fixed_image_px(self) -> tuple[int, int] | None:
@@ -193,4 +195,4 @@ def costs_key(workload: Workload) -> str:
 def _speaks_of_images(config: Mapping[str, Any]) -> bool:
     levels = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     keys = [str(key) for level in levels for key in level]
-    return any(mark in key for key in keys for mark in ("image", "vision", "patch", "vq_config"))
+    return any(mark in key for key in keys for mark in ("image", "vision", "visual", "patch", "vq_config"))

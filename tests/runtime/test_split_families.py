@@ -69,6 +69,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 """By name: architecture, config, and how many positions an image of one tile takes."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage() -> Iterator[None]:
+    """Or each collection below would look through all of torch."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def free_virtual_gpus() -> Iterator[None]:
     yield

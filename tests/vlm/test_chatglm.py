@@ -191,6 +191,15 @@ def test_steps_after_an_image_go_on_from_its_end(build):
     assert torch.equal(generated, ids)
 
 
+def test_a_second_question_goes_on_from_the_cache_of_the_first(build):
+    model, pixels, ids = build(), images(1), prompt([5], IMAGE, [7])
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    first = model.generate(ids, pixel_values=pixels, return_dict_in_generate=True, **settings)
+    longer = torch.cat([first.sequences, prompt([8, 9])], dim=1)
+    expected = model.generate(longer, pixel_values=pixels, **settings)
+    assert torch.equal(model.generate(longer, past_key_values=first.past_key_values, **settings), expected)
+
+
 def test_a_step_without_position_ids_is_refused_where_images_may_have_shared_some(build):
     first = build()(token_ids(1, 4))
     with pytest.raises(ValueError, match="position_ids are missing: 4 positions are cached"):

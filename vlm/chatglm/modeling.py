@@ -253,9 +253,12 @@ class ChatGLMForConditionalGeneration(TakesImages, ChatGLMPreTrainedModel, Gener
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        if model_kwargs.get("pixel_values") is None or "inputs_embeds" in model_kwargs:
+        """transformers' position ids, but one for all patches of an image; `inputs_tensor` is the whole sequence."""
+        mask = model_kwargs.get("attention_mask")
+        sees = self.config.vision_config is not None and "inputs_embeds" not in model_kwargs
+        if not sees or mask is not None and mask.shape != inputs_tensor.shape:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return self._positions(inputs_tensor, model_kwargs.get("attention_mask"))
+        return self._positions(inputs_tensor, mask)
 
     def _positions(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> torch.Tensor:
         """Position ids (B, T) that count all patches of an image as one, and no padding."""

@@ -16,7 +16,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from vlm.image_positions import dealt_out, ids_for_images, image_starts, images_per_sample, join_text_and_images
-from vlm.internlm_xcomposer2.modeling import InternLMXComposer2ForCausalLM, build_projector
+from vlm.internlm_xcomposer2.modeling import (
+    InternLM2ForCausalLM,
+    InternLMXComposer2ForCausalLM,
+    build_projector,
+)
 from vlm.internlm_xcomposer2.plora import INFER_MODES, Linears, TaskLoRALinear
 from vlm.internlm_xcomposer2_hd.configuration import InternLMXComposer2HDConfig
 from vlm.internlm_xcomposer2_hd.vision import TiledVisionEncoder
@@ -96,10 +100,8 @@ class InternLMXComposer2HDForCausalLM(InternLMXComposer2ForCausalLM):
             return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, im_mask=im_mask, **shared)
         ids = ids_for_images(input_ids, inputs_embeds, im_mask)
         embeddings = self._embed_with_tiles(ids, pixel_values, image_tiles)
-        # Past the class for whole images, whose own pixels these are not.
-        return super(InternLMXComposer2ForCausalLM, self).forward(
-            inputs_embeds=embeddings, image_index=self.image_index(ids), **shared
-        )
+        # The language model's own forward: the parent's would take the pixels for whole images.
+        return InternLM2ForCausalLM.forward(self, inputs_embeds=embeddings, image_index=self.image_index(ids), **shared)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """transformers' inputs of one step; the tiles' grids go where the tiles go."""

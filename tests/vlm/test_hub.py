@@ -1,0 +1,188 @@
+"""Models from the hub: what planning transfers, what loading does, and what is said when either fails.
+
+The hub is a server of ours on loopback; huggingface_hub is the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from planner import SourceError
+from tests.hub_server import TOKEN, HubState, hub_server
+from vlm.checkpoint import read_checkpoint
+from vlm.hub import Hub, is_repo_id
+from vlm.model import find_model
+
+NUM_SHARDS = 2
+SHARD_BYTES = 24 * 2**20
+REPO = "somebody/Garden-VL"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded checkpoint of 48 MiB: large enough for 1 % of it to hold its headers."""
+    folder = tmp_path_factory.mktemp("hub") / "garden"
+    folder.mkdir()
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "modeling_garden.py").write_text("raise SystemExit('code from the hub must not run')")
+    weight_map = {}
+    for index in range(NUM_SHARDS):
+        name = f"model-{index + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        weight = torch.full((SHARD_BYTES // 2 // 1024, 1024), index, dtype=torch.bfloat16)
+        save_file({f"w{index}": weight}, folder / name, {"format": "pt"})
+        weight_map[f"w{index}"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def server(weights: Path) -> Iterator[HubState]:
+    with hub_server() as state:
+        state.repos[REPO] = weights
+        yield state
+
+
+@pytest.fixture
+def hub(server: HubState, tmp_path: Path) -> Hub:
+    return Hub(endpoint=server.url, cache=tmp_path / "cache")
+
+
+def weight_requests(server: HubState) -> list[str]:
+    return [request for request in server.requests if request.startswith("GET") and ".safetensors" in request]
+
+
+def test_planning_transfers_less_than_one_percent_of_the_weights(server: HubState, hub: Hub, weights: Path) -> None:
+    checkpoint = hub.checkpoint(REPO)
+    stored = read_checkpoint(weights)
+    assert server.sent_bytes < 0.01 * NUM_SHARDS * SHARD_BYTES
+    assert {name: (h.dtype, h.shape) for name, h in checkpoint.tensors.items()} == {
+        name: (h.dtype, h.shape) for name, h in stored.tensors.items()
+    }
+    assert checkpoint.dtype == "bfloat16"
+    assert all("bytes=" in r for r in weight_requests(server) if "index" not in r)
+
+
+def test_a_hub_id_becomes_a_model_that_says_where_it_is_from(hub: Hub) -> None:
+    model = find_model(REPO, fetch=hub.checkpoint)
+    assert (model.name, model.origin, model.architecture) == ("Garden-VL", "hub", "LlavaForConditionalGeneration")
+    assert model.default_dtype == "bfloat16"
+
+
+def test_the_catalogue_wins_over_the_hub_and_a_folder_over_both(
+    server: HubState, hub: Hub, tmp_path: Path, weights: Path
+) -> None:
+    assert find_model("internlm/internlm2-7b", fetch=hub.checkpoint).origin == "catalogue"
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / REPO).symlink_to(weights)
+    with contextlib.chdir(tmp_path):
+        assert find_model(REPO, fetch=hub.checkpoint).origin == "folder"
+    assert server.requests == []
+
+
+def test_a_download_holds_what_a_model_needs_and_no_code(hub: Hub, weights: Path) -> None:
+    folder = hub.download(REPO)
+    names = {path.name for path in weights.iterdir()} - {"modeling_garden.py"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all((folder / name).read_bytes() == (weights / name).read_bytes() for name in names)
+
+
+def test_what_is_here_is_not_downloaded_again_and_works_offline(server: HubState, hub: Hub) -> None:
+    folder = hub.download(REPO)
+    sent = server.sent_bytes
+    assert hub.download(REPO) == folder
+    assert server.sent_bytes - sent < 10_000
+    server.requests.clear()
+    offline = replace(hub, offline=True)
+    assert offline.download(REPO) == folder
+    assert set(offline.checkpoint(REPO).tensors) == {"w0", "w1"}
+    assert server.requests == []
+
+
+def test_without_the_server_what_was_downloaded_still_loads(weights: Path, tmp_path: Path) -> None:
+    with hub_server() as state:
+        state.repos[REPO] = weights
+        hub = Hub(endpoint=state.url, cache=tmp_path / "cache")
+        folder = hub.download(REPO)
+    assert replace(hub, offline=True).download(REPO) == folder
+    with pytest.raises(SourceError, match=f"the hub cannot be reached for {REPO} .* try again, or use what is cached"):
+        hub.download(REPO)
+
+
+def test_offline_without_a_download_is_refused(hub: Hub) -> None:
+    with pytest.raises(SourceError, match="has not been downloaded whole, and offline nothing is"):
+        replace(hub, offline=True).download(REPO)
+
+
+def test_a_gated_model_wants_a_token_that_may_read_it(server: HubState, hub: Hub) -> None:
+    server.gated.add(REPO)
+    for act in (hub.checkpoint, hub.download):
+        with pytest.raises(SourceError, match=f"{REPO} is gated: accept its terms on its page, then give a token"):
+            act(REPO)
+    assert set(replace(hub, token=TOKEN).checkpoint(REPO).tensors) == {"w0", "w1"}
+
+
+def test_a_missing_model_and_a_missing_revision_are_told_apart(hub: Hub) -> None:
+    with pytest.raises(SourceError, match=r"there is no somebody/else on the hub, or it is private"):
+        hub.checkpoint("somebody/else")
+    with pytest.raises(SourceError, match=f"{REPO} has no revision v2: give a branch, tag or commit"):
+        replace(hub, revision="v2").checkpoint(REPO)
+
+
+def test_an_interrupted_download_says_so_and_keeps_the_files_that_are_whole(server: HubState, hub: Hub) -> None:
+    server.breaks_off["model-00002-of-00002.safetensors"] = 2**20
+    with pytest.raises(SourceError, match=f"the hub cannot be reached for {REPO} .* so far is kept: try again"):
+        hub.download(REPO)
+    server.breaks_off.clear()
+    server.requests.clear()
+    folder = hub.download(REPO)
+    assert set(read_checkpoint(folder).tensors) == {"w0", "w1"}
+    assert not any("00001-of" in request for request in weight_requests(server))
+
+
+def test_a_corrupt_download_is_removed_and_the_next_one_is_whole(server: HubState, hub: Hub, weights: Path) -> None:
+    name = "model-00001-of-00002.safetensors"
+    server.corrupt.add(name)
+    with pytest.raises(SourceError, match=f"{name} differ from their checksums. They were removed; try again"):
+        hub.download(REPO)
+    server.corrupt.clear()
+    assert (hub.download(REPO) / name).read_bytes() == (weights / name).read_bytes()
+
+
+def test_an_index_that_points_outside_its_folder_is_refused(server: HubState, hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../../secret.safetensors"}}))
+    server.repos["somebody/hostile"] = folder
+    for act in (hub.checkpoint, hub.download):
+        with pytest.raises(SourceError, match="points outside its folder"):
+            act("somebody/hostile")
+
+
+def test_a_model_of_pickles_is_downloaded_and_not_planned(server: HubState, hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
+    server.repos["somebody/pickled"] = folder
+    assert (hub.download("somebody/pickled") / "pytorch_model.bin").exists()
+    with pytest.raises(SourceError, match="no safetensors that can be read"):
+        hub.checkpoint("somebody/pickled")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("org/model", True), ("model", False), ("a/b/c", False), ("../x", False), ("org/mo del", False)],
+)
+def test_only_an_organisation_and_a_name_make_a_hub_id(name: str, is_one: bool) -> None:
+    assert is_repo_id(name) is is_one
