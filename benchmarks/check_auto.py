@@ -101,13 +101,13 @@ def _result(diagnosis: Diagnosis) -> str:
     repair = diagnosis.repair
     if repair is None or not repair.proven:
         return "fails"
-    return f"repaired, {len(repair.moves)} moves"
+    return f"repaired, {len(repair.moves)} move{'s'[: len(repair.moves) != 1]}"
 
 
 def _shown(diagnosis: Diagnosis) -> Iterator[str]:
     for finding in diagnosis.of("will fail"):
-        place = finding.place.rpartition("/")[2]
-        yield f"{finding.hazard}: {finding.title.partition(':')[0]} at {place}"
+        place = f" at {finding.place.rpartition('/')[2]}" if finding.place else ""
+        yield f"{finding.hazard}: {finding.title.partition(':')[0]}{place}"
 
 
 def _table(rows: list[Row]) -> str:
@@ -121,14 +121,16 @@ def _table(rows: list[Row]) -> str:
         '# `device_map="auto"`, diagnosed',
         "",
         f"Written by `python benchmarks/check_auto.py`: transformers {transformers.__version__}, torch "
-        f"{torch.__version__.partition('+')[0]}, accelerate {accelerate.__version__}. Every image-text-to-text model",
-        "type is built tiny, planned by transformers' own `auto` for 2, 3 and 4 GPUs that could each hold it one and a",
-        "half times, and that map is run on virtual GPUs: a forward, decode steps, `generate()`, accelerate's hooks.",
+        f"{torch.__version__.partition('+')[0]}, accelerate {accelerate.__version__}.",
+        "Every image-text-to-text model type is built tiny, planned by transformers' own `auto` for 2, 3 and 4 GPUs",
+        "that could each hold it one and a half times, and that map is run on virtual GPUs under accelerate's hooks: a",
+        "forward, decode steps, `generate()`.",
         "",
-        f"**{types} of {len(ran)} types break on at least one of the three.** {failing} of {maps} maps fail; {stopped} "
-        f"times transformers' planner itself stops. **{repaired} of {failing}** failing maps are repaired by moving",
-        "what a trace shows to belong together, each proven by a run. Cuts are of these tiny models: a real one is cut",
-        "elsewhere, by its sizes, and may meet more of these places or fewer.",
+        f"**{types} of {len(ran)} types break on at least one of the three.** {failing} of {maps} maps fail, and for "
+        f"{stopped} more transformers' planner stops.",
+        f"**{repaired} of {failing} failing maps are repaired** by moving what a trace shows to belong together, each",
+        "proven by a run. Cuts are of these tiny models: a real one is cut elsewhere, by its sizes, and may meet more",
+        "of these places or fewer.",
         "",
         "| type | 2 GPUs | 3 GPUs | 4 GPUs | what fails, and where |",
         "|---|---|---|---|---|",

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
@@ -27,7 +26,7 @@ from planner.machine import Machine
 from planner.workload import Workload
 from runtime.diagnosis import diagnose
 from runtime.quiet import quiet_libraries
-from runtime.rehearsal import rehearsal
+from runtime.rehearsal import Rehearsal, rehearsal
 from vlm.model import find_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "helpers.md"
@@ -136,17 +135,21 @@ def diagnosed_internvl(model: RemoteInternVl, device_map: Mapping[str, int]) -> 
     return diagnose(model.eval(), internvl_inputs(model), device_map)
 
 
-def diagnosed_xcomposer(device_map: Mapping[str, int], num_gpus: int, *, bare: bool = False) -> Diagnosis:
-    """What a map does to InternLM-XComposer2-VL-7B at full size; `bare` adds the root parameters of 4KHD and 2.5."""
+def xcomposer_rehearsed(*, bare: bool) -> Rehearsal:
+    """InternLM-XComposer2-VL-7B at full size, on meta; `bare` adds the root parameters of 4KHD and 2.5."""
     model = find_model(XCOMPOSER2)
-    workload = model.resolved(Workload())
-    rehearsed = rehearsal(model, workload)
+    rehearsed = rehearsal(model, model.resolved(Workload()))
     if bare:
         for name, shape in (("plora_glb_GN", (1, 1, 4096)), ("plora_sub_GN", (1, 1, 1, 4096))):
             rehearsed.skeleton.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+    return rehearsed
+
+
+def diagnosed_xcomposer(device_map: Mapping[str, int], num_gpus: int, *, bare: bool = False) -> Diagnosis:
+    """What a map does to it on GPUs of 24 GiB."""
+    rehearsed = xcomposer_rehearsed(bare=bare)
     machine = Machine.parse(f"{num_gpus}x24GiB")
-    options: dict[str, Any] = {"machine": machine, "workload": workload, "steps": rehearsed.steps}
-    return diagnose(rehearsed.skeleton, rehearsed.inputs, device_map, **options)
+    return diagnose(rehearsed.skeleton, rehearsed.inputs, device_map, machine=machine, steps=rehearsed.steps)
 
 
 def page() -> Iterator[str]:

@@ -112,7 +112,8 @@ def _stale(given: GivenMap, names: ModelNames) -> Iterator[Finding]:
     evidence = [_listed(stale)]
     evidence += [f"{old} is probably {new}" for old, new in list(_prefix_changes(offered).items())[:SHOWN]]
     yield Finding(
-        severity="may fail",
+        # Where every tensor has its entry, accelerate warns and goes on.
+        severity="may fail" if uncovered(given, names) else "wasteful",
         hazard="bareparam",
         title=f"{len(stale)} of {len(given.placement)} entries match nothing in this model",
         evidence=tuple(evidence),

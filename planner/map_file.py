@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def read_map_file(path: Path) -> GivenMap:
     content = _parsed(text, f"device map {path}")
     if isinstance(content.get("device_map"), dict):
         content = content["device_map"]
-    return given_map(content, f"device map {path}", SourceError)
+    return replace(given_map(content, f"device map {path}", SourceError), origin=path.name)
 
 
 def given_map(

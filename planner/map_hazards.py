@@ -102,21 +102,23 @@ def launcher_findings(given: GivenMap, environment: Mapping[str, str]) -> Iterat
 
 
 def peer_findings(machine: Machine, crossings: Sequence[Crossing]) -> Iterator[Finding]:
-    """Pairs of GPUs that exchange tensors, on a machine whose links are known, without a link between them."""
+    """Pairs of GPUs that exchange tensors over a link that is not allowed, or, where links are known, over none."""
     if not machine.links:
         return
-    linked = {(link.source, link.target) for link in machine.links}
+    allowed = {(link.source, link.target): link.allowed for link in machine.links}
     pairs: dict[tuple[str, str], int] = {}
     for crossing in crossings:
-        if (crossing.source, crossing.target) not in linked:
-            pair = crossing.source, crossing.target
-            pairs[pair] = pairs.get(pair, 0) + crossing.num_bytes
+        pair = crossing.source, crossing.target
+        pairs[pair] = pairs.get(pair, 0) + crossing.num_bytes
     for (source, target), num_bytes in pairs.items():
+        if allowed.get((source, target)):
+            continue
+        is_forbidden = (source, target) in allowed
         yield Finding(
-            severity="wasteful",
+            severity="may fail" if is_forbidden else "wasteful",
             hazard="p2p",
-            title=f"{source} -> {target} has no direct link",
-            evidence=(f"{format_bytes(num_bytes)} of copies per prompt and token go through the host",),
+            title=f"{source} -> {target} {'is a link that is not allowed' if is_forbidden else 'has no direct link'}",
+            evidence=(f"{format_bytes(num_bytes)} of copies per prompt and token go that way",),
             fix="Let neighbouring stages be on linked GPUs. Check a copy before trusting one: some drivers grant "
             "peer access and deliver wrong data.",
         )

@@ -119,7 +119,7 @@ def _judged(call: ast.Call, context: _Context) -> Iterator[tuple[Hazard, str, st
         yield (
             "hardcuda",
             ".cuda() moves to the current GPU, whatever the map says",
-            "Leave placing to the map; for an input write .to(model.device), for a tensor .to(other.device).",
+            "Drop it for modules and inputs, which hooks move; for a tensor write .to(other.device).",
         )
     if _names_cuda(call, name):
         yield (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -31,7 +30,7 @@ def auto_map(model: nn.Module, strategy: str, machine: Machine) -> GivenMap:
         raise ValueError(f"{strategy!r} is no strategy: known are {', '.join(STRATEGIES)}")
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{strategy} is transformers' own: {type(model).__name__} is none of its models")
-    max_memory: dict[int | str, int] = {device.index: device.memory_bytes for device in machine.devices}
+    max_memory: dict[int | str, Any] = {device.index: device.memory_bytes for device in machine.devices}
     try:
         with quiet_libraries():
             entries = _inferred(model, strategy, {**max_memory, "cpu": HOST_BYTES})
@@ -44,8 +43,8 @@ def auto_map(model: nn.Module, strategy: str, machine: Machine) -> GivenMap:
     return given_map(entries, strategy)
 
 
-def _inferred(model: PreTrainedModel, strategy: str, max_memory: dict[int | str, int]) -> Mapping[str, Any]:
-    no_split = model._no_split_modules
+def _inferred(model: PreTrainedModel, strategy: str, max_memory: dict[int | str, Any]) -> dict[str, Any]:
+    no_split: Any = model._no_split_modules
     if strategy != "sequential":
         max_memory = get_balanced_memory(
             model,
@@ -54,6 +53,8 @@ def _inferred(model: PreTrainedModel, strategy: str, max_memory: dict[int | str,
             low_zero=strategy == "balanced_low_0",
         )
     unplaced = getattr(model, "_no_placement_params", None)
-    return infer_auto_device_map(
-        model, max_memory=max_memory, no_split_module_classes=no_split, no_placement_params=unplaced
+    return dict(
+        infer_auto_device_map(
+            model, max_memory=max_memory, no_split_module_classes=no_split, no_placement_params=unplaced
+        )
     )

@@ -149,7 +149,7 @@ class _Groups:
     groups: list[tuple[str, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        together = nx.Graph()
+        together: nx.Graph[int] = nx.Graph()
         together.add_nodes_from(range(len(self.trace.groups)))
         label_of = {atom.name: label for label, group in enumerate(self.trace.groups) for atom in group}
         for tie in self.names.ties:

@@ -58,8 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
     work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
     work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
+    work.add_argument("--image-size", type=options.image_size, metavar="WxH", help="in pixels (default: the model's)")
     work.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
     work.add_argument("--new-tokens", type=options.count, default=512, metavar="N", help="to generate (default 512)")
+    work.add_argument("--max-model-len", type=options.count, metavar="N", help="KV cache length")
     parser.add_argument(
         "--source",
         type=Path,
@@ -123,8 +125,10 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         return Workload(
             batch_size=arguments.batch_size,
             num_images=1 if arguments.num_images is None else arguments.num_images,
+            image_size=arguments.image_size,
             prompt_tokens=arguments.prompt_tokens,
             new_tokens=arguments.new_tokens,
+            max_model_len=arguments.max_model_len,
             dtype=arguments.dtype,
             attention=arguments.attention,
         )

@@ -93,17 +93,22 @@ def test_only_several_processes_make_a_spanning_map_fail(environment: dict[str, 
     assert bool(list(launcher_findings(two_gpus(), environment))) is warned
 
 
-def test_pairs_without_a_link_are_named_where_links_are_known() -> None:
-    machine = Machine.parse("3x24GiB")
-    link = Link(source="cuda:0", target="cuda:1", bandwidth_bytes_per_s=3e10)
+def test_pairs_without_a_link_or_with_a_forbidden_one_are_named_where_links_are_known() -> None:
+    machine = Machine.parse("4x24GiB")
+    links = (
+        Link(source="cuda:0", target="cuda:1", bandwidth_bytes_per_s=3e10),
+        Link(source="cuda:0", target="cuda:3", bandwidth_bytes_per_s=3e10, allowed=False),
+    )
     crossings = [
-        Crossing(source="cuda:0", target=target, phase="decode", num_bytes=2048, num_copies=1)
-        for target in ("cuda:1", "cuda:2")
+        Crossing(source="cuda:0", target=f"cuda:{target}", phase="decode", num_bytes=2048, num_copies=1)
+        for target in (1, 2, 3)
     ]
     assert list(peer_findings(machine, crossings)) == []
-    (finding,) = peer_findings(Machine(devices=machine.devices, links=(link,)), crossings)
-    assert finding.title == "cuda:0 -> cuda:2 has no direct link"
-    assert "2.0 KiB" in finding.evidence[0]
+    missing, forbidden = peer_findings(Machine(devices=machine.devices, links=links), crossings)
+    assert (missing.severity, missing.title) == ("wasteful", "cuda:0 -> cuda:2 has no direct link")
+    assert (forbidden.severity, forbidden.hazard) == ("may fail", "p2p")
+    assert forbidden.title == "cuda:0 -> cuda:3 is a link that is not allowed"
+    assert "2.0 KiB" in forbidden.evidence[0]
 
 
 def two_gpus() -> GivenMap:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import yaml
 from planner.cli.main import main
 from runtime import load_sharded
 
+ROOT = Path(__file__).parents[2]
 GPUS = ("--gpus", "2x2GiB")
 GOOD = {
     **{"vit": 0, "vision_proj": 0, "model.tok_embeddings": 0},
@@ -134,11 +138,12 @@ def test_a_missing_map_and_a_fix_without_a_file_are_refused(
     assert "exists: choose another file" in capsys.readouterr().err
 
 
-def test_a_launchers_variables_are_read(
-    tiny_xcomposer2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launchers_variables_are_read_from_the_environment(tiny_xcomposer2: Path, tmp_path: Path) -> None:
     good = tmp_path / "good.json"
     good.write_text(json.dumps(GOOD))
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert check(tiny_xcomposer2, good, *GPUS, "--json") == 1
-    assert json.loads(capsys.readouterr().out)["findings"][0]["hazard"] == "launcher"
+    command = [sys.executable, "-m", "planner", "check", str(tiny_xcomposer2), str(good), *GPUS, "--json"]
+    environment = {**os.environ, "WORLD_SIZE": "4", "PYTHONWARNINGS": "error"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["findings"][0]["hazard"] == "launcher"

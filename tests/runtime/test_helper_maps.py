@@ -10,6 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import nn
+
+from planner.coverage import coverage_findings
+from planner.diagnosis import Finding
+from planner.map_file import given_map
+from runtime.map_case import names_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,14 +60,17 @@ def test_the_rules_give_the_layers_that_the_helpers_give(
     assert layers_per_gpu(version_2, "model.layers.", num_gpus) == second
 
 
+def named(model: nn.Module, device_map: dict[str, int]) -> list[Finding]:
+    """What the names of a model and a map show, without a run."""
+    return list(coverage_findings(given_map(device_map), names_of(model), home=0))
+
+
 def test_two_gpus_and_eighty_layers_name_a_layer_that_is_not_there(helpers: ModuleType) -> None:
     device_map = helpers.internvl_helper(80, 2, with_rotary=True)
-    assert "language_model.model.layers.80" in device_map
-    diagnosis = helpers.diagnosed_internvl(helpers.RemoteInternVl(80), device_map)
-    assert diagnosis.safe
-    (finding,) = diagnosis.findings
+    (finding,) = named(helpers.RemoteInternVl(80), device_map)
     assert "3 of 89 entries match nothing" in finding.title
     assert finding.evidence[0].startswith("language_model.model.layers.80")
+    assert finding.severity == "wasteful"
 
 
 def test_a_split_model_without_rotary_emb_fails_with_tables_as_they_were_and_is_repaired(helpers: ModuleType) -> None:
@@ -75,10 +84,18 @@ def test_a_split_model_without_rotary_emb_fails_with_tables_as_they_were_and_is_
 
 
 def test_the_2_0_helper_leaves_the_root_parameters_of_2_5_without_a_device(helpers: ModuleType) -> None:
-    diagnosis = helpers.diagnosed_xcomposer(helpers.xcomposer_helper(2), 2, bare=True)
-    (failure,) = diagnosis.of("will fail")
-    assert failure.title == "2 tensors have no entry"
+    skeleton, bare = helpers.xcomposer_rehearsed(bare=True).skeleton, ("plora_glb_GN", "plora_sub_GN")
+    (failure,) = named(skeleton, helpers.xcomposer_helper(2))
+    assert (failure.severity, failure.title) == ("will fail", "2 tensors have no entry")
     assert failure.evidence[0] == "plora_glb_GN, plora_sub_GN"
+    assert named(skeleton, helpers.xcomposer_helper(2, bare=bare)) == []
+
+
+def test_version_1s_names_match_nothing_of_version_2(helpers: ModuleType) -> None:
+    device_map = helpers.xcomposer1_helper(2)
+    findings = named(helpers.xcomposer_rehearsed(bare=False).skeleton, device_map)
+    assert f"{len(device_map)} of {len(device_map)} entries match nothing" in findings[-1].title
+    assert findings[0].severity == "will fail"
 
 
 def test_the_page_in_docs_is_of_the_rules(helpers: ModuleType) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from planner import Machine, PlanMismatchError, UnsupportedModelError
 from planner.diagnosis import Diagnosis, Finding
-from runtime.diagnosis import diagnose, names_of
+from runtime.diagnosis import diagnose
+from runtime.map_case import names_of
 from runtime.virtual import virtual_gpus
 
 D = 8
@@ -87,7 +88,7 @@ def test_entries_of_a_renamed_prefix_are_offered_their_new_names_and_repaired() 
 
 def test_entries_beyond_the_last_layer_are_named() -> None:
     finding = found(diagnosed(Layered(), whole_map(**{"model.layers.12": 1})), "1 of 18 entries match nothing")
-    assert finding.severity == "may fail"
+    assert finding.severity == "wasteful"
     assert "model.layers.12" in finding.evidence[0]
 
 
