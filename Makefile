@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test sweep lint clean
+.PHONY: demo test sweep costs lint clean
 
 demo: $(READY)            ## plan a real-size model, then run such a plan on virtual GPUs
 	@$(BIN)/plan-devices internlm-xcomposer2-vl-7b --gpus 2x24GiB
@@ -16,6 +16,9 @@ test: $(READY) lint       ## everything that CI runs
 
 sweep: $(READY)           ## all VLM types of the installed transformers; writes docs/sweep.md
 	@$(BIN)/python benchmarks/sweep.py
+
+costs: $(READY)           ## fresh traces of all catalogue models against the costs that ship; writes docs/costs.md
+	@PYTHONPATH=. $(BIN)/python benchmarks/trace_catalogue.py --check
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import accelerate
@@ -20,12 +21,12 @@ from planner.constraints import Constraints
 from planner.errors import ConstraintError, UnsupportedModelError
 from planner.graph import ModuleGraph
 from planner.machine import Machine
-from planner.paths import owner
-from planner.problem import Evaluation, Objective, PlacedStage, Problem, evaluate, longest_cache
+from planner.paths import contains, owner
+from planner.problem import Evaluation, Objective, PlacedStage, Problem, evaluate
 from planner.solve import chain_dp
 from planner.workload import Workload
 from runtime.auto_maps import auto_map
-from vlm.catalogue import catalogue_names
+from vlm.catalogue import catalogue_names, lookup
 from vlm.model import Model, find_model
 from vlm.planning import problem_for
 from vlm.skeleton import build_skeleton
@@ -83,14 +84,16 @@ def xcomposer_rule(graph: ModuleGraph, num_devices: int) -> DeviceMap:
     """
     per_device, device, used = 38 / num_devices, 0, 3
     placed: dict[str, int] = {}
+    has_begun = False
     for group in graph:
         if group.role == "decoder_layer":
+            has_begun = True
             if used >= per_device:
                 device, used = device + 1, 0
             placed[group.id] = device
             used += 1
         else:
-            placed[group.id] = num_devices - 1 if group.role in ("norm", "head") else 0
+            placed[group.id] = num_devices - 1 if has_begun else 0
     return placed
 
 
@@ -101,17 +104,23 @@ RULES: dict[str, Callable[[ModuleGraph, int], DeviceMap]] = {
 
 
 def stages_of(graph: ModuleGraph, device_map: DeviceMap, machine: Machine) -> tuple[PlacedStage, ...] | str:
-    """The placement that a map amounts to, or why it cannot be scored."""
+    """The placement that a map amounts to, or why it cannot be scored: what must share a device has to."""
     members: dict[int, list[int]] = {}
+    placed: dict[str, Any] = {}
     position = {device.index: place for place, device in enumerate(machine.devices)}
     for index, group in enumerate(graph):
         found = {device_map.get(owner(module, device_map) or "") for module in group.modules}
+        found |= {device_map[name] for name in device_map if name and any(contains(m, name) for m in group.modules)}
         if len(found) > 1:
             return f"cuts {group.id}"
         (device,) = found
         if device not in position:
-            return f"offloads to {device}"
+            return f"names GPU {device}, which is not there" if isinstance(device, int) else f"offloads to {device}"
         members.setdefault(position[device], []).append(index)
+        placed[group.id] = device
+    for fusion in graph.fusions:
+        if fusion.hard and len({placed[operand] for operand in fusion.operands}) > 1:
+            return f"fails: {fusion.op} of {' and '.join(fusion.operands)}"
     return tuple(PlacedStage(device=device, members=tuple(groups)) for device, groups in members.items())
 
 
@@ -126,7 +135,7 @@ def row_of(planner: str, problem: Problem, stages: tuple[PlacedStage, ...] | str
     assert times is not None  # all machines here are of known models
     return Row(
         planner,
-        kv_positions=longest_cache(problem, stages),
+        kv_positions=found.kv_positions,
         tpot_s=times.total.token_ns / 1e9,
         latency_s=times.latency_ns / 1e9,
         bottleneck_s=times.bottleneck_ns / 1e9,
@@ -195,15 +204,19 @@ def main() -> int:
         "takes one, and 512 new tokens, in the catalogue's dtype: nothing here was measured on a GPU. transformers is "
         "given each card's whole memory, as it would find it.",
         "",
-        "A note stands where a placement has no figures. `request` is a whole answer of one stream, `bottleneck` the "
-        "slowest stage of a full pipeline.",
+        "A note stands where a placement has no figures. `KV positions` are what `balance` maximises: how many fit "
+        "beside the weights and this workload's activations. `request` is a whole answer of one stream, `bottleneck` "
+        "the slowest stage of a full pipeline.",
         "",
     ]
+    tables: list[str] = []
+    answers: list[list[Row]] = []
     beaten: list[str] = []
-    for name in catalogue_names():
+    for name in dict.fromkeys(lookup(alias).name for alias in catalogue_names()):
         model = find_model(name)
         try:
             resolved = model.resolved(Workload())
+            model.graph(resolved)
         except UnsupportedModelError:
             continue
         print(name, file=sys.stderr, flush=True)
@@ -211,12 +224,32 @@ def main() -> int:
         for spec in MACHINES:
             rows = list(rows_for(model, skeleton, spec))
             beaten += [f"{name} on {spec}: {text}" for text in worse(rows)]
-            lines += [f"## {name} on {spec}", "", *_table(rows), ""]
+            answers.append(rows)
+            tables += [f"## {name} on {spec}", "", *_table(rows), ""]
     verdict = "No peer is better on any row in the figure that an objective of ours optimises."
     lines += [verdict if not beaten else "Better than ours: " + "; ".join(beaten) + ".", ""]
+    lines += [*_summary(answers), "", *tables]
     TABLE.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(beaten) or verdict, file=sys.stderr)
     return int(bool(beaten))
+
+
+def _summary(answers: list[list[Row]]) -> Iterator[str]:
+    """Per planner: how often its placement fits, and there its figures beside ours for the same model and machine."""
+    yield f"Over {len(answers)} pairs of model and machine; shares are medians over those where both fit."
+    yield ""
+    titles = ("KV positions beside balance", "request beside latency", "bottleneck beside throughput")
+    yield f"| planner | fits | {' | '.join(titles)} |"
+    yield "|---|--:|--:|--:|--:|"
+    for planner in dict.fromkeys(row.planner for rows in answers for row in rows):
+        by_planner = [{row.planner: row for row in rows} for rows in answers]
+        own = [(found[planner], found) for found in by_planner if planner in found and found[planner].fits]
+        shares = []
+        for figure, ours in (("kv_positions", "balance"), ("latency_s", "latency"), ("bottleneck_s", "throughput")):
+            both = [(getattr(row, figure), found[f"ours, {ours}"]) for row, found in own if found[f"ours, {ours}"].fits]
+            shares.append(median(value / getattr(best, figure) for value, best in both) if both else None)
+        cells = " | ".join("-" if share is None else f"{share:.2f}" for share in shares)
+        yield f"| {planner} | {len(own)} | {cells} |"
 
 
 def _table(rows: list[Row]) -> Iterator[str]:

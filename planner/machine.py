@@ -184,7 +184,8 @@ class Machine:
 
     def only(self, positions: Iterable[int]) -> Machine:
         """The machine that is left when only the devices at these positions count, in their old order."""
-        kept = [device for position, device in enumerate(self.devices) if position in set(positions)]
+        wanted = set(positions)
+        kept = [device for position, device in enumerate(self.devices) if position in wanted]
         names = {device.name for device in kept}
         links = tuple(link for link in self.links if {link.source, link.target} <= names)
         return Machine(devices=tuple(kept), links=links)

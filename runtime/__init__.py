@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "diagnose": "runtime.diagnosis",
     "dry_run": "runtime.proof",
     "inspect_placement": "runtime.inspection",
     "load_sharded": "runtime.load",
@@ -15,7 +16,16 @@ _HOMES = {
     "shard": "runtime.in_memory",
 }
 
-__all__ = ["dry_run", "inspect_placement", "load_sharded", "place_inputs", "plan_model", "probe_machine", "shard"]
+__all__ = [
+    "diagnose",
+    "dry_run",
+    "inspect_placement",
+    "load_sharded",
+    "place_inputs",
+    "plan_model",
+    "probe_machine",
+    "shard",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from torch import nn
 from planner.errors import MachineError
 from planner.paths import owner
 from planner.plan import DeviceKey, Plan
-from runtime.boundary import attach_boundaries
+from runtime.boundary import attach_boundaries, refuse_moves
 from runtime.devices import UNLIMITED_BYTES, Devices, choose_devices, refuse_uncovered, torch_devices
+from runtime.offload import attach_offload, running_map
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,7 +23,8 @@ def shard(
 ) -> Module:
     """`model` itself, tensors moved to their devices and boundaries hooked; inputs go to the map's first device.
 
-    `devices` is as for `load_sharded`; a device map of integers takes it too, with virtual GPUs of any size.
+    `devices` is as for `load_sharded`; a device map of integers takes it too, with virtual GPUs of any size. What a map
+    with GPUs puts on "cpu" rests there and is copied to a GPU to run, which `model.offload` prices.
     Raises: PlanMismatchError when a tensor has no device; MachineError when the devices are not there.
     """
     device_map = _torch_map(plan_or_device_map, devices)
@@ -30,7 +32,10 @@ def shard(
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         _move(model, name, tensor, device_map[owner(name, device_map) or ""])
-    attach_boundaries(model, device_map, _home(plan_or_device_map, device_map))
+    running = running_map(device_map)
+    model.offload = attach_offload(model, device_map, running)
+    attach_boundaries(model, running, _home(plan_or_device_map, running))
+    refuse_moves(model)
     model.hf_device_map = dict(device_map)
     return model
 

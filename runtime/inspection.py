@@ -55,6 +55,32 @@ def verify_placement(model: nn.Module) -> None:
         raise PlanMismatchError("modules are not where the plan says:\n" + "\n".join(map(str, wrong)))
 
 
+def placement_lines(model: nn.Module) -> list[str]:
+    """Every entry of the device map beside what was found, then the merges that the first forward showed."""
+    placements = inspect_placement(model)
+    marks = [("as planned" if placement.ok else "NOT AS PLANNED") for placement in placements]
+    lines = [f"{placement} - {mark}" for placement, mark in zip(placements, marks, strict=True)]
+    return [*lines, *(f"merge: {merge}" for merge in getattr(model, "merges", ()))]
+
+
+def memory_lines(model: nn.Module) -> list[str]:
+    """One line per GPU: the most that was allocated and reserved on it, beside what the plan foresaw for tensors."""
+    plan, device_map = model.plan, inspect_placement(model)
+    lines = []
+    for device in dict.fromkeys(placement.planned for placement in device_map if placement.planned.type != "cpu"):
+        keys = {key for name, key in plan.placement.items() if model.hf_device_map[name] == device}
+        parts = [plan.memory[key] for key in keys]
+        planned = sum(part.total_bytes - part.context_bytes - part.reserve_bytes for part in parts)
+        module = torch.get_device_module(device)
+        reserved = module.max_memory_reserved(device) if hasattr(module, "max_memory_reserved") else None
+        lines.append(
+            f"{device}: at most {format_bytes(module.max_memory_allocated(device))} allocated"
+            + (f", {format_bytes(reserved)} reserved" if reserved is not None else "")
+            + f"; planned {format_bytes(planned)}"
+        )
+    return lines
+
+
 def guard_first_forward(model: nn.Module) -> None:
     """Watch the next forward of `model`: a module that gets a tensor from another device is named before its op fails.
 

@@ -1,4 +1,4 @@
-"""How a tensor gets from one device to another: directly, once a copy over that link has been checked, else by the host.
+"""How a tensor gets from one device to another: directly where a copy over that link was checked, else by the host.
 
 Drivers grant peer access over links that then deliver other bytes than were sent (PCIe switches with ACS, some consumer
 cards). So the first copy between two GPUs is a test pattern, read back and compared on the host.

@@ -20,6 +20,8 @@ from planner.workload import Workload
 from runtime.boundary import attach_boundaries, refuse_moves
 from runtime.devices import Devices, torch_devices
 from runtime.inspection import guard_first_forward, verify_placement
+from runtime.merges import watch_merges
+from runtime.overflow import report_overflow
 from runtime.probe import probe_machine
 from runtime.progress import byte_bar
 from runtime.readiness import refuse_full_devices, refuse_other_model, refuse_quantised
@@ -47,7 +49,8 @@ def load_sharded(
     `source` is a checkpoint folder, a hub id, or a model that `find_model` found; `hub` says how to reach the hub.
     Without a plan one is made for `machine`, or for the GPUs found here. `devices` is None for real GPUs, "virtual"
     for virtual ones, "cpu", or a list with one device for each of the plan's. `verify` compares every module's device
-    with the plan and watches the first forward. The model carries its plan as `.plan`, and where each input belongs
+    with the plan and watches the first forward: what modules are given, and what meets between them (`.merges`). The
+    model carries its plan as `.plan`, and where each input belongs
     as `.input_devices`.
 
     Raises: SourceError for a checkpoint that cannot be read; PlanMismatchError for another model's plan; MachineError
@@ -101,12 +104,15 @@ def _attached(
     home = places[plan.input_devices["input_ids"]]
     attach_boundaries(skeleton, device_map, home)
     refuse_moves(skeleton)
+    if skeleton.dtype == torch.float16:
+        report_overflow(skeleton)
     skeleton.plan = plan
     skeleton.hf_device_map = dict(device_map)
     skeleton.input_devices = {name: places[key] for name, key in plan.input_devices.items()}
     if verify:
         verify_placement(skeleton)
         guard_first_forward(skeleton)
+        watch_merges(skeleton)
     return skeleton
 
 

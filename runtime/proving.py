@@ -76,12 +76,16 @@ def rehearse_cuts(model: Model, workload: Workload, hooks: Hooks) -> Iterator[Dr
     part instead of the part itself is found here, and not with everything apart.
     """
     resolved = model.resolved(workload)
-    groups = model.graph(resolved).groups
+    graph = model.graph(resolved)
+    groups = graph.groups
+    at_home = set(graph.home.modules if graph.home else ())
     parts = [group.module_list or group.modules[0].rpartition(".")[0] for group in groups]
     cuts = [i for i in range(1, len(groups)) if parts[i] != parts[i - 1]]
     for cut, first in product(cuts, (0, 1)):
-        placed = {module: first if i < cut else 1 - first for i, group in enumerate(groups) for module in group.modules}
-        yield _run(model, resolved, collapse(placed), hooks, home=0)
+        device_of = {group.id: first if i < cut else 1 - first for i, group in enumerate(groups)}
+        device_of |= {group.id: 0 for group in groups if at_home.intersection(group.modules)}
+        device_map = collapse({module: device_of[group.id] for group in groups for module in group.modules})
+        yield _run(model, resolved, device_map, hooks, home=0)
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,15 @@ from vlm.model import Model, find_model, path_of
 
 
 def model_with_weights(source: str | Path | Model, hub: Hub) -> tuple[Model, Checkpoint]:
-    """The model and its checkpoint on this disk; an existing path wins over the hub.
+    """The model and its checkpoint on this disk; a model that `find_model` found keeps the costs it was found with.
 
-    A model that `find_model` found keeps the costs it was found with.
     Raises: SourceError for a catalogue name or a folder without weights, and as `find_model` and `Hub.download` do.
     """
     if isinstance(source, str | Path):
-        model = find_model(str(_folder(str(source), hub)), CostLibrary(_cache_folder(), trace_costs).find)
-    elif source.origin == "hub" and source.checkpoint is not None:
+        model = downloaded(str(source), hub, _find)
+    elif source.origin == "hub" and source.checkpoint is not None and not source.checkpoint.folder.exists():
         folder = hub.download(source.checkpoint.folder.as_posix())
-        model = replace(source, checkpoint=find_model(str(folder)).checkpoint)
+        model = replace(source, checkpoint=_find(str(folder)).checkpoint)
     else:
         model = source
     if model.checkpoint is not None:
@@ -35,16 +35,21 @@ def model_with_weights(source: str | Path | Model, hub: Hub) -> tuple[Model, Che
             "hub, such as organisation/name"
         )
     raise SourceError(
-        f"{source} holds a config and no weights: loading needs model.safetensors, shards with their index, or "
-        "pytorch_model*.bin beside it"
+        f"{source if isinstance(source, str | Path) else model.name} holds a config and no weights: loading needs "
+        "model.safetensors, shards with their index, or pytorch_model*.bin beside it"
     )
 
 
-def _folder(source: str, hub: Hub) -> str | Path:
-    """The source itself, or the folder that a hub id has been downloaded to."""
-    if path_of(source) is not None or not is_repo_id(source) or source.startswith((".", "~")):
-        return source
-    return hub.download(source)
+def downloaded(name: str, hub: Hub, find: Callable[[str], Model]) -> Model:
+    """The model of a path or name, by `find`; one that only the hub has is downloaded first. An existing path wins."""
+    if path_of(name) is not None or name.startswith(".") or not is_repo_id(name):
+        return find(name)
+    # The snapshot's folder is called after its commit.
+    return replace(find(str(hub.download(name))), name=name.partition("/")[2], origin="hub")
+
+
+def _find(name: str) -> Model:
+    return find_model(name, CostLibrary(_cache_folder(), trace_costs).find)
 
 
 def _cache_folder() -> Path:

@@ -31,6 +31,8 @@ from runtime.virtual.process import PROCESS
 MAX_ROUNDS = 8
 MAX_LABELS = 127
 """Device indices are 8-bit signed."""
+LONGEST_RUN = 32
+"""Blocks of other lists that share a label before those of the longest list do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,19 +115,18 @@ def _first_groups(atoms: Iterable[Atom]) -> list[tuple[Atom, ...]]:
     others = [atom for atom in atoms if atom not in at_root]
     lengths = Counter(atom.module_list for atom in others if atom.module_list)
     longest = max(lengths, key=lambda name: lengths[name], default=None)
-    for run_length in count(1):
-        kept = {longest} if run_length <= 64 else set()
-        groups = [at_root, *_runs(others, run_length, kept)]
+    for longest_run, other_run in ((own, rest) for own in count(1) for rest in range(own, own + LONGEST_RUN)):
+        groups = [at_root, *_runs(others, other_run, {longest: longest_run})]
         if len(groups) <= MAX_LABELS:
             return groups
     raise AssertionError("unreachable: runs grow until they fit")
 
 
-def _runs(atoms: list[Atom], run_length: int, kept: set[str | None]) -> Iterator[tuple[Atom, ...]]:
-    """Atoms alone, but elements of one module list in runs of `run_length`, unless the list is in `kept`."""
+def _runs(atoms: list[Atom], run_length: int, lengths: Mapping[str | None, int]) -> Iterator[tuple[Atom, ...]]:
+    """Atoms alone, but elements of one module list in runs of `run_length`, or of what `lengths` says for the list."""
     for module_list, same in groupby(atoms, key=lambda atom: atom.module_list):
         members = list(same)
-        step = 1 if module_list is None or module_list in kept else run_length
+        step = 1 if module_list is None else lengths.get(module_list, run_length)
         yield from (tuple(members[start : start + step]) for start in range(0, len(members), step))
 
 

@@ -12,6 +12,7 @@ from planner.errors import PlannerError, SourceError
 
 COMMANDS = {
     "plan": "place a model's modules on GPUs (the default command)",
+    "run": "load a model as planned, and let it answer",
     "check": "say what a device map will break, where and why, and repair it",
     "convert": "turn a folder of pickled weights into safetensors",
     "machine": "print the GPUs of this machine, or what --gpus means",
@@ -31,8 +32,9 @@ stdout, the reasoning is on stderr. MODEL is a checkpoint folder or a name from 
 commands:
 {commands}
 
-`plan-devices plan --help` lists the planning options. Exit codes: 0 ok; 1 does not fit; 2 bad arguments;
-3 model, checkpoint, machine or plan unreadable, unknown, hostile or mismatching, or torch missing; 130 interrupted.
+`plan-devices plan --help` lists the planning options. Exit codes: 0 ok; 1 does not fit, or the map is unsafe;
+2 bad arguments; 3 model, checkpoint, machine or plan unreadable, unknown, hostile or mismatching, or torch missing;
+130 interrupted.
 """
 
 

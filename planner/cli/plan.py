@@ -18,10 +18,11 @@ from planner.cli.outputs import check_output, write_output
 from planner.cli.proof import proven
 from planner.constraints import Constraints
 from planner.errors import ConstraintError
+from planner.graph_export import module_graph_content
 from planner.html_report import plan_page
 from planner.machine import Machine
 from planner.plan import Plan
-from planner.problem import Objective
+from planner.problem import Objective, Problem
 from planner.report import alternatives_table, report
 from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype, Workload
@@ -34,8 +35,8 @@ FORMATS = ("yaml", "json", "device-map")
 def run(argv: Sequence[str]) -> int:
     """Plan, write the result, and explain it."""
     arguments = _parser().parse_args(argv)
-    check_output(arguments.output, force=arguments.force)
-    check_output(arguments.report, force=arguments.force)
+    for path in (arguments.output, arguments.report, arguments.save_graph):
+        check_output(path, force=arguments.force)
     if options.names_a_file(arguments.model):
         from planner.cli import graph_file
 
@@ -59,7 +60,9 @@ def run(argv: Sequence[str]) -> int:
         plan = proven(model, plan, console, anew=arguments.prove)
     _write(_rendered(plan, arguments.format), arguments.output)
     if arguments.report is not None:
-        write_output(plan_page(plan, model.graph(plan.workload)), arguments.report)
+        write_output(plan_page(plan, problem.graph), arguments.report)
+    if arguments.save_graph is not None:
+        write_output(_graph_file(problem, split_vision=arguments.split_vision), arguments.save_graph)
     console.print(report(plan))
     if not arguments.quiet:
         console.print(alternatives_table(alternatives(problem, arguments.time_limit), plan.solver.objective))
@@ -110,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--force", action="store_true", help="overwrite FILE")
     out.add_argument("--format", choices=FORMATS, default="yaml")
     out.add_argument("--json", dest="format", action="store_const", const="json", help="same as --format json")
+    out.add_argument("--save-graph", type=Path, metavar="FILE.json", help="the placement problem, for other tools")
     out.add_argument("--report", type=Path, metavar="FILE.html", help="one self-contained page with a picture")
     out.add_argument("--quiet", action="store_true", help="no reasoning on stderr")
     return parser
@@ -160,6 +164,13 @@ def _rendered(plan: Plan, form: str) -> str:
         except ValueError as problem:
             raise ConstraintError(f"--format device-map: {problem}") from problem
     return plan.to_yaml()
+
+
+def _graph_file(problem: Problem, *, split_vision: bool) -> str:
+    content = module_graph_content(
+        problem.graph, problem.quantities, problem.machine, problem.new_tokens, split_vision=split_vision
+    )
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _write(text: str, output: Path | None) -> None:

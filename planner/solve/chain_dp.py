@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 
 from planner.errors import ConstraintError
-from planner.problem import TIMED, PlacedStage, Problem, Solution, Status, evaluate
+from planner.problem import NO_KV, TIMED, PlacedStage, Problem, Solution, Status, evaluate
 from planner.solve.bounds import unlimited_bound
 from planner.solve.search import Bar, Search
 from planner.solve.segments import Segments
@@ -92,11 +92,14 @@ class _Chain:
         self._refuse_forbidden(stages)
         value = evaluate(problem, stages).value(problem)
         assert value is not None  # timed objectives were refused without speeds
-        best = min if problem.objective in TIMED else max
-        bound = best(bound for bound, _ in found)
+        timed = problem.objective in TIMED
+        best = min if timed else max
+        bound = best(bound for bound, rival in found if timed or len(rival) == len(stages))
+        most_or_fewest = len(problem.machine.devices) if problem.objective == "balance" else 1
+        proven = exact or timed or len(stages) == most_or_fewest
         if not exact:
             bound = best(value, unlimited_bound(self._segments))
-        status: Status = "OPTIMAL" if value == bound else "FEASIBLE"
+        status: Status = "OPTIMAL" if value == bound and proven else "FEASIBLE"
         return Solution(
             status=status, stages=stages, value=value, bound=bound, method=method, objective=problem.objective
         )
@@ -132,7 +135,9 @@ class _Chain:
                 f"{cause}{links} leave no legal placement, whatever the memory: a device holds one contiguous run of "
                 "modules in execution order. Pin fewer modules, or neighbours to one device."
             )
-        _, stages = min(found, key=lambda misfit: misfit[0])
+        relief_bytes, stages = min(found, key=lambda misfit: misfit[0])
+        if not relief_bytes:  # it fits, and time ran out before that was seen
+            return self._judged([(0 if self._problem.objective in TIMED else NO_KV, stages)], OUT_OF_TIME, exact=False)
         return Solution(
             status="INFEASIBLE", stages=stages, value=0, bound=0, method=METHOD, objective=self._problem.objective
         )

@@ -107,7 +107,7 @@ class Search:
     def shortest_sum(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
         """The least time of a whole request through one stage after the other over these states, and the placement."""
         keys, low_bits = self._keys()
-        found = self._states.cheapest(keys, low_bits)
+        found = self._states.cheapest(keys, low_bits, options)
         best = int(found[options, 0, :, 0].min())
         low = (1 << low_bits) - 1
         chosen = options[(found[options, 0, :, 0] == best).any(axis=1)]

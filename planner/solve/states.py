@@ -43,6 +43,7 @@ class States:
         self._classes = classes
         self.num_units = num_units
         self._deadline = deadline
+        self._is_ordered = order is not None
         self.num_groups = 1 + max(kind.link_group for kind in classes)
         sizes = [len(kind.positions) + 1 for kind in classes]
         self.counts = _nested(sizes, order) if order else np.indices(sizes).reshape(len(sizes), -1).T
@@ -59,16 +60,21 @@ class States:
     def cover(self, allowed: Allowed) -> Bools:
         """Whether exactly the devices of a state, each with a stage, can cover the rest from a start.
 
+        Said for the starts that the other devices may get to, and false or true for others.
         Shape: (states, group before, group of the first stage, starts).
         """
         found = np.zeros(self._shape, dtype=np.bool_)
         found[0, :, :, -1] = True
         reach = [[[np.ascontiguousarray(ends.T, dtype=np.float32) for ends in row] for row in rows] for rows in allowed]
-        for kind, states, rest in self._steps():
-            group = self._classes[kind].link_group
-            for before, after in product(range(self.num_groups), repeat=2):
-                ends = found[rest, group, after].astype(np.float32)
-                found[states, before, group, :-1] |= (ends @ reach[kind][before][after]) > 0.5
+        alive = np.ones(len(self.counts), dtype=np.bool_)
+        in_reach = np.arange(self.num_units + 1) <= self._furthest_of_others(allowed)[:, None]
+        for layer in self._layers():
+            for kind, states, rest in self._steps(layer, alive):
+                group = self._classes[kind].link_group
+                for before, after in product(range(self.num_groups), repeat=2):
+                    ends = found[rest, group, after].astype(np.float32)
+                    found[states, before, group, :-1] |= (ends @ reach[kind][before][after]) > 0.5
+            alive[layer] = (found[layer].any(axis=(1, 2)) & in_reach[layer]).any(axis=1)
         return found
 
     def furthest(self, allowed: Allowed) -> Ints:
@@ -78,44 +84,60 @@ class States:
         """
         reach = [np.maximum.accumulate(_last_end(rows)) for rows in allowed]
         found = np.zeros(len(self.counts), dtype=np.int64)
-        for kind, states, rest in self._steps():
-            found[states] = np.maximum(found[states], reach[kind][found[rest]])
+        alive = np.ones(len(self.counts), dtype=np.bool_)
+        for layer in self._layers():
+            for kind, states, rest in self._steps(layer, alive):
+                found[states] = np.maximum(found[states], reach[kind][found[rest]])
         return found
 
-    def cheapest(self, keys: list[list[list[Ints]]], low_bits: int) -> Ints:
+    def _furthest_of_others(self, allowed: Allowed) -> Ints:
+        """By state, how far the devices that are not in it may get; the end where that is not known."""
+        if self._is_ordered:
+            return np.full(len(self.counts), self.num_units)
+        return self.furthest(allowed)[::-1]  # counting devices from the other side reverses the states
+
+    def cheapest(self, keys: list[list[list[Ints]]], low_bits: int, options: Ints) -> Ints:
         """The best key of covering the rest from a start with exactly the devices of a state.
 
-        A key's high bits are a sum over stages; its `low_bits` a maximum, which decides between equal sums.
+        A key's high bits are a sum over stages; its `low_bits` a maximum, which decides between equal sums. States that
+        lead to no best placement by any of `options` are not followed further.
         """
         found = np.full(self._shape, NEVER, dtype=np.int64)
         found[0, :, :, -1] = 0
         low = (1 << low_bits) - 1
         windows = [_windows(rows) for rows in keys]
-        for kind, states, rest in self._steps():
-            group = self._classes[kind].link_group
-            for before, after in product(range(self.num_groups), repeat=2):
-                ends = np.ascontiguousarray(found[rest, group, after].T)
-                sums, worst = ends & ~low, ends & low
-                best = np.ascontiguousarray(found[states, before, group].T)
-                for start, (first, last) in enumerate(windows[kind]):
-                    stage = keys[kind][before][after][start, first:last, None]
-                    key = sums[first:last] + (stage & ~low) | np.maximum(worst[first:last], stage & low)
-                    np.minimum(best[start], key.min(axis=0, initial=NEVER), out=best[start])
-                found[states, before, group] = best.T
+        alive = np.ones(len(self.counts), dtype=np.bool_)
+        usable = np.isin(np.arange(len(self.counts)), options)
+        best_yet, before_start = NEVER, _least_sums(keys, low)
+        for layer in self._layers():
+            for kind, states, rest in self._steps(layer, alive):
+                group = self._classes[kind].link_group
+                for before, after in product(range(self.num_groups), repeat=2):
+                    ends = np.ascontiguousarray(found[rest, group, after].T)
+                    best = np.ascontiguousarray(found[states, before, group].T)
+                    _relax(best, ends, keys[kind][before][after], windows[kind], low)
+                    found[states, before, group] = best.T
+            best_yet = min(best_yet, found[layer[usable[layer]], 0, :, 0].min(initial=NEVER))
+            alive[layer] = ((found[layer] & ~low) + before_start <= (best_yet | low)).any(axis=(1, 2, 3))
         return found
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
         return len(self.counts), self.num_groups, self.num_groups, self.num_units + 1
 
-    def _steps(self) -> Iterator[tuple[int, Ints, Ints]]:
-        """Class by class and from few devices to many: states with one more device of the class, and those without."""
+    def _layers(self) -> Iterator[Ints]:
+        """The states with one device, with two, and so on to all."""
         for used in range(1, int(self.used.max()) + 1):
-            for kind, rest in enumerate(self._rest):
-                self._check_time()
-                states = np.flatnonzero((self.used == used) & (rest >= 0))
-                if len(states):
-                    yield kind, states, rest[states]
+            yield np.flatnonzero(self.used == used)
+
+    def _steps(self, layer: Ints, alive: Bools) -> Iterator[tuple[int, Ints, Ints]]:
+        """Class by class, states of the layer, and those with a device of the class less, where these are alive."""
+        for kind, rests in enumerate(self._rest):
+            self._check_time()
+            rest = rests[layer]
+            chosen = (rest >= 0) & alive[rest]
+            if chosen.any():
+                yield kind, layer[chosen], rest[chosen]
 
     def _without(self, kind: int, stride: int) -> Ints:
         """By state, the one with a device less of this class, or -1."""
@@ -135,6 +157,24 @@ def _nested(sizes: Sequence[int], order: Sequence[int]) -> Ints:
         for _ in range(sizes[kind] - 1):
             sets.append([count + (other == kind) for other, count in enumerate(sets[-1])])
     return np.array(sets)
+
+
+def _relax(best: Ints, ends: Ints, stages: Ints, windows: list[tuple[int, int]], low: int) -> None:
+    """Improve the best keys by start with a stage before what follows; both are (units, states)."""
+    sums, worst = ends & ~low, ends & low
+    for start, (first, last) in enumerate(windows):
+        stage = stages[start, first:last, None]
+        key = sums[first:last] + (stage & ~low) | np.maximum(worst[first:last], stage & low)
+        np.minimum(best[start], key.min(axis=0, initial=NEVER), out=best[start])
+
+
+def _least_sums(keys: list[list[list[Ints]]], low: int) -> Ints:
+    """By end, a sum that no way to get there is below: as if there were as many of each device as anyone likes."""
+    stages = np.minimum.reduce([own for rows in keys for row in rows for own in row]) & ~low
+    least = np.zeros(stages.shape[1], dtype=np.int64)
+    for end in range(1, len(least)):
+        least[end] = min(NEVER, int((least[:end] + stages[:end, end]).min()))
+    return least
 
 
 def _last_end(rows: list[list[Bools]]) -> Ints:

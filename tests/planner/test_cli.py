@@ -131,7 +131,7 @@ def test_a_context_beyond_the_models_own_is_planned_with_a_warning() -> None:
     ("arguments", "expected"),
     [
         (("--help",), "usage: plan-devices MODEL [--gpus SPEC | --machine FILE] [options]"),
-        (("-h",), "Exit codes: 0 ok; 1 does not fit; 2 bad arguments;"),
+        (("-h",), "Exit codes: 0 ok; 1 does not fit, or the map is unsafe;"),
         (("plan", "--help"), "--max-model-len N"),
         (("models", "--help"), "List the models known by name."),
         (("machine", "--help"), "Print a machine as a machine file."),

@@ -249,7 +249,7 @@ REFUSED_FILES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown key of a device": (
         {"devices": [{"memory": "1GiB"}, {"memory": "1GiB", "mem": 1}]},
-        "devices[1] has unknown keys mem: known are bandwidth, context, flops, flops_fraction, host, index, kind, memory",
+        "devices[1] has unknown keys mem: known are bandwidth, context, flops, flops_fraction, host, index, kind",
     ),
     "an unknown kind": (
         {"devices": [{"kind": "b300"}]},

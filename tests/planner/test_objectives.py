@@ -429,6 +429,25 @@ def test_eighteen_unequal_devices_are_placed_in_a_few_orders_with_a_gap_and_no_c
         assert 0 < solution.gap < 0.5 and solution.bound < solution.value
 
 
+def test_a_hub_on_another_host_does_not_make_a_balanced_placement_unproven() -> None:
+    """Links to and from the third device are forbidden: two devices at most, wherever the first group is."""
+    barred = [
+        Link(source=f"cuda:{a}", target=f"cuda:{b}", bandwidth_bytes_per_s=1e9, allowed=False)
+        for a, b in ((0, 2), (2, 0), (1, 2), (2, 1))
+    ]
+    graph = row(2, 2, 2, 2)
+    flows = [flow for a in range(3) for flow in [Flow(**STEP, producer=f"g{a}", consumers=(f"g{a + 1}",))]]
+    groups = tuple(replace(group, kv_bytes_per_position=1) for group in graph.groups)
+    machine = replace(devices((9, 1e11), (9, 1e11), (90, 1e11)), links=tuple(barred))
+    graph = replace(graph, groups=groups, flows=tuple(flows))
+    solution = chain_dp.solve(Problem.of(graph, machine, COUNTS))
+    assert (solution.status, len(solution.stages)) == ("OPTIMAL", 2)
+    assert {stage.device for stage in solution.stages} == {0, 1}
+
+
+STEP: dict[str, Any] = {"tensor": "x", "phase": "prefill", "num_bytes": constant(8)}
+
+
 def test_out_of_time_the_best_found_is_returned_as_not_reproducible() -> None:
     machine = devices(*((9 + i, (1 + i / 10) * 1e11) for i in range(14)))
     solution = solved(row(*[2] * 40), machine, "latency", time_limit_s=0.0)

@@ -12,13 +12,15 @@ import torch
 
 from planner.graph import Phase
 from planner.workload import Workload
-from runtime.proving import NUM_DECODE_STEPS, _prefill_and_decode
 from runtime.recorder import Work
+from runtime.steps import forward_and_decode
 from runtime.trace import Trace, trace_model
 from vlm.internlm_xcomposer2.workload_inputs import workload_inputs
 from vlm.model import find_model
 from vlm.skeleton import build_skeleton
 
+PREFILL, DECODE = 0, 1
+"""Steps of a trace."""
 CLOSE = 0.05
 READS_CLOSE = 0.10
 """A trace counts no operands of a concatenation, and the whole output where low-rank rows are added to a part of it."""
@@ -49,13 +51,12 @@ def test_kernels_and_bytes_are_those_of_a_trace(name: str, changes: dict[str, An
     for phase in ("encode", "prefill", "decode"):
         at = replace(counts, positions=prompt + 1) if phase == "decode" else counts
         layers = [group for group in graph if group.module_list and group.cost(phase)]
-        steps = NUM_DECODE_STEPS if phase == "decode" else 1
         for group in layers[1:3]:
             cost, measured = group.cost(phase), work_of(trace, group.id, phase)
             assert cost is not None
-            assert cost.launches(at) * steps == measured.launches
-            assert abs(cost.read_bytes(at) * steps - measured.read_bytes) <= READS_CLOSE * measured.read_bytes
-            assert abs(cost.flops(at) * steps - measured.flops) <= CLOSE * measured.flops + prompt * 10**6
+            assert cost.launches(at) == measured.launches
+            assert abs(cost.read_bytes(at) - measured.read_bytes) <= READS_CLOSE * measured.read_bytes
+            assert abs(cost.flops(at) - measured.flops) <= CLOSE * measured.flops + prompt * 10**6
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES.values(), ids=CASES)
@@ -64,21 +65,20 @@ def test_kernels_of_the_whole_model_are_those_of_a_trace(name: str, changes: dic
     workload = model.resolved(Workload(**changes))
     graph, counts = model.graph(workload), model.quantities(workload)
     trace = traced(name, workload)
-    for phases, traced_phase in ((("encode", "prefill"), "prefill"), (("decode",), "decode")):
+    for phases, step in ((("encode", "prefill"), PREFILL), (("decode",), DECODE)):
         costs = [cost for group in graph for phase in phases if (cost := group.cost(phase))]
-        steps = NUM_DECODE_STEPS if traced_phase == "decode" else 1
-        written = sum(cost.launches(counts) for cost in costs) * steps
-        found = sum(work.launches for (label, phase), work in trace.record.work.items() if phase == traced_phase)
+        written = sum(cost.launches(counts) for cost in costs)
+        found = sum(work.launches for (_, at), work in trace.record.work.items() if at == step)
         assert abs(written - found) <= CLOSE * found
 
 
 def traced(name: str, workload: Workload) -> Trace:
     model = find_model(name)
     skeleton = build_skeleton(model, dtype=getattr(torch, workload.dtype), attention=workload.attention)
-    return trace_model(skeleton, workload_inputs(skeleton.config, workload), _prefill_and_decode)
+    return trace_model(skeleton, workload_inputs(skeleton.config, workload), forward_and_decode(1))
 
 
 def work_of(trace: Trace, name: str, phase: Phase) -> Work:
     """What the group of that first module did; a trace's prefill includes the encoder."""
     (label,) = [i for i, atoms in enumerate(trace.groups) if any(atom.name == name for atom in atoms)]
-    return trace.record.work[label, "decode" if phase == "decode" else "prefill"]
+    return trace.record.work[label, DECODE if phase == "decode" else PREFILL]

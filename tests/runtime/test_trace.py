@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,11 +13,12 @@ from torch import nn
 from planner import Machine, MachineError, ModuleGraph, PlanMismatchError, UnsupportedModelError
 from planner.fit import fit
 from planner.polynomial import Quantities
+from planner.problem import Objective
 from runtime import dry_run, inspect_placement, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
 from runtime.inspection import guard_first_forward
 from runtime.steps import forward_and_decode
-from runtime.trace import Trace, trace_model
+from runtime.trace import MAX_LABELS, Trace, _first_groups, trace_model
 from runtime.traced_graph import sample_of
 from vlm.inputs import example_inputs
 from vlm.tiny import tiny_model
@@ -330,3 +331,45 @@ def test_a_norm_without_weights_is_watched_over_without_fault() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))
     guard_first_forward(model)
     assert model(torch.zeros(1, 4)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "blocks_per_label"),
+    [((3, 40), (1, 1)), ((45, 100), (2, 1)), ((45, 120), (8, 1)), ((45, 200), (2, 2)), ((0, 126), (1, 1))],
+    ids=["all apart", "90B Mllama", "nearly all labels", "more layers than labels", "a language model alone"],
+)
+def test_more_atoms_than_labels_share_labels_and_layers_last(
+    counts: tuple[int, int], blocks_per_label: tuple[int, int]
+) -> None:
+    lists = [nn.ModuleList(nn.Linear(1, 1) for _ in range(count)) for count in counts]
+    model = nn.ModuleDict({"vision": lists[0], "layers": lists[1]} if counts[0] else {"layers": lists[1]})
+    groups = _first_groups(find_atoms(model))
+    assert len(groups) <= MAX_LABELS
+    for name, longest in zip(("vision", "layers"), blocks_per_label, strict=True):
+        assert max((len(group) for group in groups if group and group[0].module_list == name), default=1) == longest
+
+
+def test_inputs_that_the_forward_rejects_are_named_with_the_line_that_did() -> None:
+    model, _ = tiny_model("llava")
+    inputs = example_inputs(model)
+    wrong = inputs | {"pixel_values": inputs["pixel_values"][..., :50]}
+    with pytest.raises(UnsupportedModelError, match="LlavaForConditionalGeneration stopped in its prefill") as caught:
+        plan_model(model, wrong, machine=Machine.parse("2x24GiB"))
+    message = str(caught.value)
+    assert "modeling_clip.py:" in message
+    assert "pixel_values [1, 3, 112, 50]: pass the forward arguments that it takes" in message
+
+
+def test_a_graph_is_the_same_in_every_trace() -> None:
+    model, inputs, trace = traced("qwen2_5_vl")
+    again = trace_model(model, inputs, forward_and_decode())
+    assert graph_of(trace, model, "one") == graph_of(again, model, "one")
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "fewest"])
+def test_plan_model_takes_every_objective(objective: str) -> None:
+    model, _ = tiny_model("llava")
+    plan = plan_model(
+        model, example_inputs(model), machine=Machine.parse("rtx4090,rtx3090"), objective=cast(Objective, objective)
+    )
+    assert (plan.solver.objective, plan.proof["status"]) == (objective, "proven")

@@ -1,0 +1,241 @@
+"""`plan-devices run MODEL`: load as planned, and answer: one question streamed, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from planner.cli import options
+from planner.cli.run_jsonl import Results, open_results
+from planner.errors import ConstraintError
+from planner.plan import Plan
+from planner.units import format_bytes
+from planner.workload import Attention, Dtype, Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from runtime.answers import Answer, Sampling
+    from vlm.model import Model
+    from vlm.prompting import Prompter, Question
+
+PLACES = ("virtual", "cpu")
+"""What --devices takes beside the machine's own."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Load the model as planned and answer; 3 when questions of a file failed."""
+    arguments = _parser().parse_args(argv)
+    _refuse_contradictions(arguments)
+    _quieten()
+    say = (lambda text: None) if arguments.quiet else (lambda text: print(text, file=sys.stderr))
+    results = open_results(arguments.input, arguments.output, force=arguments.force) if arguments.input else None
+    if results is not None and not results.left:
+        say(f"All {results.num_done} answers are in {arguments.output} already")
+        return 0
+    model, prompter, sampling = _loaded(arguments, results, say)
+    if results is None:
+        return _answer_one(model, prompter, sampling, arguments, say)
+    return _answer_all(model, prompter, sampling, results, say)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.Parser(prog="plan-devices run", description="Load MODEL as planned, and let it answer.")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or an id on the hub")
+    options.add_machine_arguments(parser)
+    ask = parser.add_argument_group("question")
+    ask.add_argument(
+        "--prompt", metavar="TEXT", help="<ImageHere> in it says where pictures go; else they are in front"
+    )
+    ask.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    ask.add_argument("--input", type=Path, metavar="FILE.jsonl", help='lines of {"prompt": ..., "images": [...]}')
+    ask.add_argument("--output", type=Path, metavar="FILE.jsonl", help="answers; what is there is not asked again")
+    ask.add_argument("--force", action="store_true", help="start --output anew")
+    ask.add_argument("--max-new-tokens", type=options.count, metavar="N", help="default: as many as planned")
+    ask.add_argument("--temperature", type=options.seconds, default=0.0, metavar="T", help="0, the default, is greedy")
+    ask.add_argument("--seed", type=options.count, default=0, metavar="N")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--plan", type=Path, metavar="FILE", help="made by plan-devices; without it one is made now")
+    plan.add_argument("--replan", action="store_true", help="keep the plan's workload, and place it anew")
+    plan.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    plan.add_argument("--attention", choices=get_args(Attention), default="sdpa")
+    plan.add_argument("--batch-size", type=options.count, default=1, metavar="N", help="of --input, asked at once")
+    plan.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
+    plan.add_argument("--verify", action="store_true", help="show what lies where, and watch the first forward")
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
+    hub.add_argument("--token", metavar="TOKEN", help="for gated and private models")
+    hub.add_argument("--cache-dir", type=Path, metavar="FOLDER")
+    hub.add_argument("--offline", action="store_true", help="use what has been downloaded before")
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    return parser
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    if (arguments.prompt is None) == (arguments.input is None):
+        raise ConstraintError("give either --prompt TEXT, or --input FILE.jsonl with --output FILE.jsonl")
+    if arguments.input is not None and arguments.output is None:
+        raise ConstraintError("--input needs --output FILE.jsonl for the answers")
+    if arguments.output is not None and arguments.input is None:
+        raise ConstraintError("--output belongs to --input: the answer to --prompt goes to stdout")
+    if arguments.image and arguments.input is not None:
+        raise ConstraintError('--image belongs to --prompt: the lines of --input name their own, as "images"')
+    if arguments.replan and arguments.plan is None:
+        raise ConstraintError("--replan places the workload of a plan anew: give it with --plan FILE")
+
+
+def _quieten() -> None:
+    """transformers' and the hub's notes on things that a user of this command did not choose."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity(logging.ERROR)
+    for name in ("accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _loaded(
+    arguments: argparse.Namespace, results: Results | None, say: Any
+) -> tuple[PreTrainedModel, Prompter, Sampling]:
+    from runtime.answers import Sampling
+    from runtime.load import load_sharded
+    from runtime.sources import downloaded
+    from vlm.hub import Hub
+    from vlm.prompting import prompter_for
+
+    # Questions are looked at first: a wrong picture should not wait for the weights.
+    first = _questions(arguments)
+    hub = Hub(revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline)
+    model = downloaded(arguments.model, hub, lambda name: options.model_from(name, quiet=arguments.quiet))
+    say(f"{model.name}: from the {'hub' if model.origin == 'hub' else model.origin} ({arguments.model})")
+    prompter = prompter_for(_folder_of(model), model.architecture)
+    place = arguments.devices[0] if arguments.devices in ([name] for name in PLACES) else None
+    most_images = len(first.images) if first else max(len(one["images"]) for one in results.left) if results else 0
+    plan = _plan(arguments, model, place, most_images)
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens or plan.workload.new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    if first is not None:
+        _refuse_early(plan, prompter, first, sampling)
+    placed = load_sharded(model, plan, devices=place, verify=arguments.verify)
+    say(_where(plan))
+    return placed, prompter, sampling
+
+
+def _folder_of(model: Model) -> Path:
+    from runtime.sources import model_with_weights
+    from vlm.hub import Hub
+
+    return model_with_weights(model, Hub(offline=True))[1].folder
+
+
+def _questions(arguments: argparse.Namespace) -> Question | None:
+    """The question of --prompt, checked; None for a file of them."""
+    from vlm.image_pixels import as_rgb
+    from vlm.prompting import Question
+
+    if arguments.prompt is None:
+        return None
+    return Question(prompt=arguments.prompt, images=tuple(as_rgb(path) for path in arguments.image))
+
+
+def _refuse_early(plan: Plan, prompter: Prompter, question: Question, sampling: Sampling) -> None:
+    from runtime.answers import refuse_more_than_planned
+
+    shape = prompter.inputs([question])["input_ids"].shape
+    refuse_more_than_planned(plan, shape, [question], sampling.max_new_tokens)
+
+
+def _plan(arguments: argparse.Namespace, model: Model, place: str | None, num_images: int) -> Plan:
+    """The plan to load: the file's, that of its workload placed anew, or one for what is asked."""
+    from vlm.planning import plan_for
+
+    old = Plan.load(arguments.plan) if arguments.plan else None
+    if old is not None and not arguments.replan:
+        return old
+    described = arguments.gpus is not None or arguments.machine is not None
+    if old is not None and place is not None and not described:
+        machine = old.machine
+    elif place is not None and not described:
+        raise ConstraintError(f"--devices {place} has no memory of its own: say --gpus SPEC, or give a --plan")
+    else:
+        machine = options.machine_from(_without_place(arguments, place))
+    # A cache length that was derived for one model is not another's.
+    workload = replace(old.workload, max_model_len=None) if old else _workload(arguments, num_images)
+    return plan_for(model, machine, workload)
+
+
+def _without_place(arguments: argparse.Namespace, place: str | None) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(arguments), "devices": None}) if place else arguments
+
+
+def _workload(arguments: argparse.Namespace, num_images: int) -> Workload:
+    try:
+        return Workload(
+            batch_size=arguments.batch_size,
+            num_images=num_images,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.max_new_tokens or Workload().new_tokens,
+            dtype=arguments.dtype,
+            attention=arguments.attention,
+        )
+    except ValueError as problem:
+        raise ConstraintError(str(problem)) from problem
+
+
+def _where(plan: Plan) -> str:
+    parts = [f"{key}: {format_bytes(part.weights_bytes)}" for key, part in plan.memory.items() if part.weights_bytes]
+    return f"Loaded, weights by GPU: {', '.join(parts)}"
+
+
+def _answer_one(
+    model: PreTrainedModel, prompter: Prompter, sampling: Sampling, arguments: argparse.Namespace, say: Any
+) -> int:
+    from runtime.answers import ask
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    question = _questions(arguments)
+    assert question is not None
+    (answer,) = ask(model, prompter, [question], sampling, write)
+    write("\n")
+    _report(model, [answer], answer.seconds, say, verify=arguments.verify)
+    return 0
+
+
+def _answer_all(model: PreTrainedModel, prompter: Prompter, sampling: Sampling, results: Results, say: Any) -> int:
+    from planner.cli.run_jsonl import answer_records
+
+    answers: list[Answer] = []
+    seconds = 0.0
+    try:
+        for batch_answers, batch_seconds in answer_records(model, prompter, sampling, results):
+            answers += batch_answers
+            seconds += batch_seconds
+    finally:
+        left = len(results.left)
+        say(f"{results.num_done} answers in {results.path}" + (f", {left} left: run again to go on" if left else ""))
+        _report(model, answers, seconds, say)
+    if results.num_failed:
+        say(f"{results.num_failed} questions failed: their lines say why")
+    return 3 if results.num_failed else 0
+
+
+def _report(
+    model: PreTrainedModel, answers: Sequence[Answer], seconds: float, say: Any, *, verify: bool = False
+) -> None:
+    from runtime.inspection import memory_lines, placement_lines
+
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    if seconds:
+        say(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s")
+    for line in (*placement_lines(model), *memory_lines(model)) if verify else memory_lines(model):
+        say(line)

@@ -1,0 +1,64 @@
+"""Other people's rules as the benchmark applies them, and what its table says."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.machine import Machine
+from planner.workload import Workload
+from vlm.model import find_model
+
+ROOT = Path(__file__).parents[2]
+PEERS: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "peers.py"))
+
+
+def layers_by_device(rule: str, num_devices: int) -> list[int]:
+    model = find_model("internlm-xcomposer2-vl-7b")
+    graph = model.graph(model.resolved(Workload()))
+    placed = PEERS[rule](graph, num_devices)
+    counted = Counter(placed[group.id] for group in graph if group.role == "decoder_layer")
+    return [counted[device] for device in range(num_devices)]
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "layers"),
+    [(2, [16, 16]), (3, [10, 13, 9]), (4, [7, 10, 10, 5]), (6, [4, 7, 7, 7, 7, 0]), (8, [2, 5, 5, 5, 5, 5, 5, 0])],
+)
+def test_xcomposers_rule_gives_the_published_layers(num_devices: int, layers: list[int]) -> None:
+    assert layers_by_device("xcomposer_rule", num_devices) == layers
+
+
+def test_internvls_rule_gives_the_first_gpu_half_a_share_and_the_last_layer() -> None:
+    """32 layers on 4: ceil(32 / 3.5) = 10 each, half of it on the first, which gets the last layer besides."""
+    assert layers_by_device("internvl_rule", 4) == [6, 10, 10, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"model.layers.3": "cpu"}, "offloads to cpu"),
+        ({"model.layers.3": 7}, "names GPU 7, which is not there"),
+        ({"vision_proj": 1}, "fails: torch.cat of vision_proj and model.tok_embeddings"),
+        ({"model.layers.3.attention": 1}, "cuts model.layers.3"),
+    ],
+    ids=["host", "no such GPU", "apart", "inside a group"],
+)
+def test_a_map_that_cannot_run_is_no_placement(changes: dict[str, Any], note: str) -> None:
+    model = find_model("internlm-xcomposer2-vl-7b")
+    graph = model.graph(model.resolved(Workload()))
+    found = PEERS["stages_of"](graph, {"": 0, **changes}, Machine.parse("2x24GiB"))
+    assert found == note
+
+
+def test_the_table_says_that_no_peer_is_better_and_lists_every_planner() -> None:
+    text = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    assert "No peer is better on any row in the figure that an objective of ours optimises." in text
+    summary = text.partition("\n## ")[0]
+    for planner in ("ours, balance", "transformers auto", "InternVL's rule", "XComposer2's rule"):
+        assert re.search(rf"^\| {planner} \| \d+ \| [\d.]+ \|", summary, re.MULTILINE)
