@@ -26,11 +26,11 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from planner.diagnosis import HAZARDS, Diagnosis
+from planner.diagnosis.diagnosis import HAZARDS, Diagnosis
 from planner.errors import UnsupportedModelError
 from planner.machine import Machine
 from runtime.auto_maps import auto_map
-from runtime.diagnosis import diagnose
+from runtime.diagnosis.diagnosis import diagnose
 from vlm.inputs import example_inputs
 from vlm.tiny import tiny_model
 

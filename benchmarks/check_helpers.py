@@ -21,10 +21,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, Qwen2Config, Qwen2ForCausalLM
 
-from planner.diagnosis import Diagnosis
+from planner.diagnosis.diagnosis import Diagnosis
 from planner.machine import Machine
 from planner.workload import Workload
-from runtime.diagnosis import diagnose
+from runtime.diagnosis.diagnosis import diagnose
 from runtime.quiet import quiet_libraries
 from runtime.rehearsal import Rehearsal, rehearsal
 from vlm.model import find_model

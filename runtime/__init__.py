@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "diagnose": "runtime.diagnosis",
+    "diagnose": "runtime.diagnosis.diagnosis",
     "dry_run": "runtime.proof",
     "inspect_placement": "runtime.inspection",
     "load_sharded": "runtime.load",

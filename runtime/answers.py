@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from planner.errors import ConstraintError, PlannerError
 from planner.plan import Plan
 from runtime.load import place_inputs
+from runtime.placed import Placed
 from vlm.prompting import Prompter, Question
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -79,7 +79,7 @@ class TextStream(BaseStreamer):
 
 
 def ask(
-    model: PreTrainedModel,
+    model: Placed,
     prompter: Prompter,
     questions: Sequence[Question],
     sampling: Sampling,
@@ -143,7 +143,7 @@ def _what_fits(plan: Plan) -> str:
     return f"These GPUs have room for {plan.kv_tokens:,} positions." if plan.kv_tokens is not None else ""
 
 
-def _endings(model: PreTrainedModel, prompter: Prompter) -> Mapping[str, Any]:
+def _endings(model: Placed, prompter: Prompter) -> Mapping[str, Any]:
     """Ids that end an answer: the model's, and those that its turns end with."""
     if not prompter.stop_ids:
         return {}
@@ -152,7 +152,7 @@ def _endings(model: PreTrainedModel, prompter: Prompter) -> Mapping[str, Any]:
     return {"eos_token_id": sorted({*known, *prompter.stop_ids})}
 
 
-def _answer(model: PreTrainedModel, prompter: Prompter, ids: list[int], seconds: float) -> Answer:
+def _answer(model: Placed, prompter: Prompter, ids: list[int], seconds: float) -> Answer:
     """A row of a batch, without the padding after its end."""
     pad = model.generation_config.pad_token_id
     while ids and ids[-1] == pad:

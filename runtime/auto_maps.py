@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 
+from planner.diagnosis.map_file import GivenMap, given_map
 from planner.errors import UnsupportedModelError
 from planner.machine import Machine
-from planner.map_file import GivenMap, given_map
 from runtime.mismatch import place_of
 from runtime.quiet import quiet_libraries
 

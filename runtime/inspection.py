@@ -1,13 +1,9 @@
-"""What really lies where: each planned module's devices and bytes, and a watch over the first forward.
-
-A user who debugs a placement step by step needs nothing else.
-"""
+"""What really lies where: each planned module's devices and bytes, and each GPU's memory beside the plan's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +11,7 @@ from torch import nn
 from planner.errors import PlanMismatchError
 from planner.paths import contains
 from planner.units import format_bytes
-from runtime.atoms import find_atoms
+from runtime.placed import Placed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +51,17 @@ def verify_placement(model: nn.Module) -> None:
         raise PlanMismatchError("modules are not where the plan says:\n" + "\n".join(map(str, wrong)))
 
 
-def placement_lines(model: nn.Module) -> list[str]:
-    """Every entry of the device map beside what was found, then the merges that the first forward showed."""
-    placements = inspect_placement(model)
-    marks = [("as planned" if placement.ok else "NOT AS PLANNED") for placement in placements]
-    lines = [f"{placement} - {mark}" for placement, mark in zip(placements, marks, strict=True)]
-    return [*lines, *(f"merge: {merge}" for merge in getattr(model, "merges", ()))]
+def placement_lines(model: Placed) -> list[str]:
+    """Every entry of the device map beside what was found."""
+    return [f"{found} - {'as planned' if found.ok else 'NOT AS PLANNED'}" for found in inspect_placement(model)]
 
 
-def memory_lines(model: nn.Module) -> list[str]:
+def merge_lines(model: Placed) -> list[str]:
+    """What met between modules in the first forward, where that was watched."""
+    return [f"merge: {merge}" for merge in getattr(model, "merges", ())]
+
+
+def memory_lines(model: Placed) -> list[str]:
     """One line per GPU: the most that was allocated and reserved on it, beside what the plan foresaw for tensors."""
     plan, device_map = model.plan, inspect_placement(model)
     lines = []
@@ -79,41 +77,6 @@ def memory_lines(model: nn.Module) -> list[str]:
             + f"; planned {format_bytes(planned)}"
         )
     return lines
-
-
-def guard_first_forward(model: nn.Module) -> None:
-    """Watch the next forward of `model`: a module that gets a tensor from another device is named before its op fails.
-
-    Watched is what boundaries bring tensors to: a container with a parameter of its own may lie on several devices.
-    The watch ends with that forward, whether it returns or raises.
-    Raises (from the forward): PlanMismatchError with the module, its device and the tensor's.
-    """
-    modules = dict(model.named_modules())
-    handles = [
-        modules[atom.name].register_forward_pre_hook(_check_arrival(atom.name), with_kwargs=True)
-        for atom in find_atoms(model)
-        if atom.is_module and next(modules[atom.name].parameters(), None) is not None
-    ]
-    handles.append(model.register_forward_hook(lambda *_: _remove(handles), always_call=True))
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _check_arrival(name: str) -> Any:
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        device = next(module.parameters()).device
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.dim() and value.device != device:
-                raise PlanMismatchError(
-                    f"{name} ({type(module).__name__}) lies on {device} and was given a tensor of shape "
-                    f"{tuple(value.shape)} on {value.device}. Its inputs must be moved there: put it beside what "
-                    "feeds it, or attach the plan's boundaries to it."
-                )
-
-    return check
 
 
 def _placement(model: nn.Module, name: str, device: torch.device) -> ModulePlacement:

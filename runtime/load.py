@@ -19,8 +19,8 @@ from planner.plan import DeviceKey, Plan
 from planner.workload import Workload
 from runtime.boundary import attach_boundaries, refuse_moves
 from runtime.devices import Devices, torch_devices
-from runtime.inspection import guard_first_forward, verify_placement
-from runtime.merges import watch_merges
+from runtime.first_forward import watch_first_forward
+from runtime.inspection import verify_placement
 from runtime.overflow import report_overflow
 from runtime.probe import probe_machine
 from runtime.progress import byte_bar
@@ -111,8 +111,7 @@ def _attached(
     skeleton.input_devices = {name: places[key] for name, key in plan.input_devices.items()}
     if verify:
         verify_placement(skeleton)
-        guard_first_forward(skeleton)
-        watch_merges(skeleton)
+        watch_first_forward(skeleton)
     return skeleton
 
 

@@ -1,13 +1,22 @@
-"""A progress bar in bytes while weights are read: on a terminal, and nowhere else."""
+"""What is shown while weights are read: a bar in bytes on a terminal, and nowhere else."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers.utils import logging as transformers_logging
+
+
+def quieten_libraries() -> None:
+    """Keep back what transformers, accelerate and the hub say about choices that a user of ours did not make."""
+    transformers_logging.set_verbosity(logging.ERROR)
+    for name in ("accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -54,8 +54,8 @@ class CostLibrary:
             return cached
         if self.tracer is None:
             raise UnsupportedModelError(
-                f"{model.name} has no costs on file for {costs_key(workload)}: they come from a trace, which needs "
-                "torch: pip install 'plan-devices[torch]'"
+                f"{model.name} has no costs on file for {costs_key(workload)}. They come from a trace, which the "
+                "command makes where torch is installed: pip install 'plan-devices[torch]'"
             )
         costs = self.tracer(model, workload)
         if path:

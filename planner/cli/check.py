@@ -15,15 +15,15 @@ from rich.console import Console
 
 from planner.cli import options
 from planner.cli.outputs import check_output, write_output
-from planner.diagnosis import Diagnosis, Place, sorted_findings
-from planner.diagnosis_markdown import diagnosis_markdown
-from planner.diagnosis_report import diagnosis_report
+from planner.diagnosis.diagnosis import Diagnosis, Place, sorted_findings
+from planner.diagnosis.map_file import GivenMap, read_map_file
+from planner.diagnosis.map_hazards import LAUNCHER_VARIABLES
+from planner.diagnosis.source_risks import scan_files, source_findings
 from planner.errors import ConstraintError, SourceError
-from planner.html_report import diagnosis_page
 from planner.machine import Machine
-from planner.map_file import GivenMap, read_map_file
-from planner.map_hazards import LAUNCHER_VARIABLES
-from planner.source_risks import scan_files, source_findings
+from planner.pages.html_page import diagnosis_page
+from planner.pages.markdown import diagnosis_markdown
+from planner.pages.terminal import diagnosis_report
 from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype, Workload
 
@@ -87,7 +87,7 @@ def _as_strategy(argument: str) -> str:
 
 
 def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
-    from runtime.diagnosis import diagnose
+    from runtime.diagnosis.diagnosis import diagnose
     from runtime.quiet import quiet_libraries
     from runtime.rehearsal import rehearsal
 

@@ -19,8 +19,8 @@ from planner.cli.proof import proven
 from planner.constraints import Constraints
 from planner.errors import ConstraintError
 from planner.graph_export import module_graph_content
-from planner.html_report import plan_page
 from planner.machine import Machine
+from planner.pages.html_page import plan_page
 from planner.plan import Plan
 from planner.problem import Objective, Problem
 from planner.report import alternatives_table, report

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from planner.cli import options
 from planner.cli.run_jsonl import Results, open_results
@@ -18,11 +17,12 @@ from planner.units import format_bytes
 from planner.workload import Attention, Dtype, Workload
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from runtime.answers import Answer, Sampling
+    from runtime.placed import Placed
     from vlm.model import Model
     from vlm.prompting import Prompter, Question
+
+Say = Callable[[str], None]
 
 PLACES = ("virtual", "cpu")
 """What --devices takes beside the machine's own."""
@@ -32,8 +32,11 @@ def run(argv: Sequence[str]) -> int:
     """Load the model as planned and answer; 3 when questions of a file failed."""
     arguments = _parser().parse_args(argv)
     _refuse_contradictions(arguments)
-    _quieten()
-    say = (lambda text: None) if arguments.quiet else (lambda text: print(text, file=sys.stderr))
+
+    def say(text: str) -> None:
+        if not arguments.quiet:
+            print(text, file=sys.stderr)
+
     results = open_results(arguments.input, arguments.output, force=arguments.force) if arguments.input else None
     if results is not None and not results.left:
         say(f"All {results.num_done} answers are in {arguments.output} already")
@@ -89,24 +92,16 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise ConstraintError("--replan places the workload of a plan anew: give it with --plan FILE")
 
 
-def _quieten() -> None:
-    """transformers' and the hub's notes on things that a user of this command did not choose."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity(logging.ERROR)
-    for name in ("accelerate", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _loaded(
-    arguments: argparse.Namespace, results: Results | None, say: Any
-) -> tuple[PreTrainedModel, Prompter, Sampling]:
+def _loaded(arguments: argparse.Namespace, results: Results | None, say: Say) -> tuple[Placed, Prompter, Sampling]:
     from runtime.answers import Sampling
+    from runtime.inspection import placement_lines
     from runtime.load import load_sharded
+    from runtime.progress import quieten_libraries
     from runtime.sources import downloaded
     from vlm.hub import Hub
     from vlm.prompting import prompter_for
 
+    quieten_libraries()
     # Questions are looked at first: a wrong picture should not wait for the weights.
     first = _questions(arguments)
     hub = Hub(revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline)
@@ -125,6 +120,8 @@ def _loaded(
         _refuse_early(plan, prompter, first, sampling)
     placed = load_sharded(model, plan, devices=place, verify=arguments.verify)
     say(_where(plan))
+    for line in placement_lines(placed) if arguments.verify else ():
+        say(line)
     return placed, prompter, sampling
 
 
@@ -194,9 +191,7 @@ def _where(plan: Plan) -> str:
     return f"Loaded, weights by GPU: {', '.join(parts)}"
 
 
-def _answer_one(
-    model: PreTrainedModel, prompter: Prompter, sampling: Sampling, arguments: argparse.Namespace, say: Any
-) -> int:
+def _answer_one(model: Placed, prompter: Prompter, sampling: Sampling, arguments: argparse.Namespace, say: Say) -> int:
     from runtime.answers import ask
 
     def write(text: str) -> None:
@@ -207,11 +202,11 @@ def _answer_one(
     assert question is not None
     (answer,) = ask(model, prompter, [question], sampling, write)
     write("\n")
-    _report(model, [answer], answer.seconds, say, verify=arguments.verify)
+    _report(model, [answer], answer.seconds, say)
     return 0
 
 
-def _answer_all(model: PreTrainedModel, prompter: Prompter, sampling: Sampling, results: Results, say: Any) -> int:
+def _answer_all(model: Placed, prompter: Prompter, sampling: Sampling, results: Results, say: Say) -> int:
     from planner.cli.run_jsonl import answer_records
 
     answers: list[Answer] = []
@@ -229,13 +224,11 @@ def _answer_all(model: PreTrainedModel, prompter: Prompter, sampling: Sampling, 
     return 3 if results.num_failed else 0
 
 
-def _report(
-    model: PreTrainedModel, answers: Sequence[Answer], seconds: float, say: Any, *, verify: bool = False
-) -> None:
-    from runtime.inspection import memory_lines, placement_lines
+def _report(model: Placed, answers: Sequence[Answer], seconds: float, say: Say) -> None:
+    from runtime.inspection import memory_lines, merge_lines
 
     num_tokens = sum(answer.num_tokens for answer in answers)
     if seconds:
         say(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s")
-    for line in (*placement_lines(model), *memory_lines(model)) if verify else memory_lines(model):
+    for line in (*merge_lines(model), *memory_lines(model)):
         say(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from planner.errors import ConstraintError, PlannerError, SourceError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from runtime.answers import Answer, Sampling
+    from runtime.placed import Placed
     from vlm.prompting import Prompter
 
 Record = Mapping[str, Any]
@@ -33,10 +32,6 @@ class Results:
     folder: Path
     num_done: int = 0
     num_failed: int = 0
-    _next: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._next = self.num_done
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write the lines of the next records, and let them survive whatever comes."""
@@ -90,7 +85,7 @@ def open_results(source: Path, target: Path, *, force: bool) -> Results:
 
 
 def answer_records(
-    model: PreTrainedModel, prompter: Prompter, sampling: Sampling, results: Results
+    model: Placed, prompter: Prompter, sampling: Sampling, results: Results
 ) -> Iterator[tuple[list[Answer], float]]:
     """Answer what is left, a planned batch at a time; yields the answers of each and the seconds it took."""
     batch_size = model.plan.quantities.batch
@@ -108,7 +103,7 @@ def answer_records(
 
 
 def _answered(
-    model: PreTrainedModel, prompter: Prompter, sampling: Sampling, records: Sequence[Record], folder: Path
+    model: Placed, prompter: Prompter, sampling: Sampling, records: Sequence[Record], folder: Path
 ) -> tuple[list[Mapping[str, Any]], list[Answer], float]:
     """Lines for a batch. When it is refused each record is asked alone, so that only the wrong one fails."""
     from runtime.answers import ask

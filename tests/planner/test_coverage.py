@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from planner.coverage import ModelNames, coverage_findings, renames, stale_entries, uncovered
-from planner.diagnosis import Crossing
+from planner.diagnosis.coverage import ModelNames, coverage_findings, renames, stale_entries, uncovered
+from planner.diagnosis.diagnosis import Crossing
+from planner.diagnosis.map_file import GivenMap, given_map
+from planner.diagnosis.map_hazards import (
+    has_stable_order,
+    launcher_findings,
+    main_device,
+    order_findings,
+    peer_findings,
+)
 from planner.machine import Link, Machine
-from planner.map_file import GivenMap, given_map
-from planner.map_hazards import has_stable_order, launcher_findings, main_device, order_findings, peer_findings
 
 
 def names_with(*parameters: str) -> ModelNames:

@@ -10,13 +10,23 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from planner.diagnosis import Block, Crossing, DeviceLoad, Diagnosis, Finding, MapCosts, Move, Repair, map_diff
-from planner.diagnosis_markdown import diagnosis_markdown
-from planner.diagnosis_report import diagnosis_report
-from planner.html_report import diagnosis_page, plan_page
+from planner.diagnosis.diagnosis import (
+    Block,
+    Crossing,
+    DeviceLoad,
+    Diagnosis,
+    Finding,
+    MapCosts,
+    Move,
+    Repair,
+    map_diff,
+)
 from planner.machine import Machine
 from planner.memory import MemoryBreakdown
-from planner.picture import picture
+from planner.pages.html_page import diagnosis_page, plan_page
+from planner.pages.markdown import diagnosis_markdown
+from planner.pages.picture import picture
+from planner.pages.terminal import diagnosis_report
 from planner.units import GIB
 from vlm.model import find_model
 from vlm.planning import plan_for

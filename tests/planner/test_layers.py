@@ -18,10 +18,10 @@ HEAVY = ("torch", "transformers", "accelerate", "pynvml")
 ALLOWED_PLACES = {
     "networkx": {
         *("planner/graph.py", "planner/constraints.py", "planner/module_graph_file.py", "planner/solve"),
-        *("runtime/traced_graph.py", "runtime/repair.py"),
+        *("runtime/traced_graph.py", "runtime/diagnosis/repair.py"),
     },
     "yaml": {"planner/textfile.py"},
-    "rich": {"planner/report.py", "planner/diagnosis_report.py", "planner/cli"},
+    "rich": {"planner/report.py", "planner/pages/terminal.py", "planner/cli"},
     "pynvml": {"runtime/probe.py"},
     "ortools": {"planner/solve/cp_sat.py"},
 }
@@ -166,8 +166,7 @@ def test_inside_planner_values_do_not_import_what_reasons_on_them() -> None:
             "graph_export",
         ),
         *("problem", "solve", "shortfall", "plan", "alternatives", "report"),
-        *("diagnosis", "map_file", "coverage", "map_hazards", "source_risks"),
-        *("diagnosis_report", "diagnosis_markdown", "page_style", "picture", "html_report", "cli"),
+        *("diagnosis", "pages", "cli"),
     ]
     rank = {f"planner.{name}": position for position, name in enumerate(order)}
     for item in imports("planner"):

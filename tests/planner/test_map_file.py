@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from planner import Machine, PlanMismatchError, SourceError
-from planner.map_file import MAX_ENTRIES, given_map, read_map_file, refuse_unknown_devices
+from planner.diagnosis.map_file import MAX_ENTRIES, given_map, read_map_file, refuse_unknown_devices
 from planner.textfile import MAX_BYTES
 
 

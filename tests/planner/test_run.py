@@ -145,7 +145,9 @@ def test_a_model_from_the_hub_is_downloaded_and_answers(
         server.repos["somebody/tiny-vl"] = tiny_xcomposer2
         environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         command = [sys.executable, "-m", "planner", "run", "somebody/tiny-vl", "--cache-dir", str(tmp_path), *VIRTUAL]
-        done = subprocess.run([*command, "--prompt", QUESTION], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--prompt", QUESTION], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected(tiny_xcomposer2, QUESTION, None) + "\n"
     assert "tiny-vl: from the hub (somebody/tiny-vl)" in done.stderr
@@ -313,9 +315,7 @@ def test_a_wrong_picture_is_refused_before_the_weights_are_read(
 def test_another_models_plan_is_refused(
     tiny_internlm2: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refused(
-        capsys, 3, tiny_internlm2, "--plan", plan_file, "--devices", "virtual", "--prompt", QUESTION
-    )
+    message = refused(capsys, 3, tiny_internlm2, "--plan", plan_file, "--devices", "virtual", "--prompt", QUESTION)
     assert "the plan is for tiny-xcomposer2" in message
     assert "--replan" in message
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from planner import SourceError
-from planner.source_risks import scan_files, scan_source, source_findings
+from planner.diagnosis.source_risks import scan_files, scan_source, source_findings
 
 RISKY = """
 import torch

@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 from torch import nn
 
-from planner.coverage import coverage_findings
-from planner.diagnosis import Finding
-from planner.map_file import given_map
-from runtime.map_case import names_of
+from planner.diagnosis.coverage import coverage_findings
+from planner.diagnosis.diagnosis import Finding
+from planner.diagnosis.map_file import given_map
+from runtime.diagnosis.map_case import names_of
 
 ROOT = Path(__file__).parents[2]
 

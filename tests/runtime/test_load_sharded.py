@@ -145,14 +145,19 @@ def test_a_plans_map_is_clean_under_accelerates_own_hooks(
     assert answer[:, batch["input_ids"].shape[1] :].tolist() == expected
 
 
-def test_a_projector_away_from_the_embedding_fails_in_the_first_forward_as_the_official_code_does(
+def test_a_projector_away_from_the_embedding_fails_as_in_the_official_code_and_is_foreseen_when_verified(
     tiny_xcomposer2: Path, inputs: dict[str, torch.Tensor]
 ) -> None:
     plan = plan_for(find_model(str(tiny_xcomposer2)), Machine.parse("2x2GiB"), FLOAT32)
     moved = replace(plan, placement={**plan.placement, "vision_proj": 1})
-    model = load_sharded(tiny_xcomposer2, moved, devices="virtual", verify=True)
+    model = load_sharded(tiny_xcomposer2, moved, devices="virtual")
     with pytest.raises(RuntimeError, match=r"Expected all tensors to be on the same device.*vgpu:0 and vgpu:1.*_cat"):
         logits(model, inputs)
+    del model
+    gc.collect()
+    verified = load_sharded(tiny_xcomposer2, moved, devices="virtual", verify=True)
+    with pytest.raises(PlanMismatchError, match=r"about to meet that lie apart: cat at vlm/.* on vgpu:0, .* on vgpu:1"):
+        logits(verified, inputs)
 
 
 def test_every_stored_weight_arrives_unchanged_on_its_planned_device(tiny_xcomposer2: Path) -> None:

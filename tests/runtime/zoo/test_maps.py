@@ -12,9 +12,9 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 
 from planner import Machine, PlanMismatchError, UnsupportedModelError
-from planner.diagnosis import Diagnosis, Finding
-from runtime.diagnosis import diagnose
-from runtime.map_case import names_of
+from planner.diagnosis.diagnosis import Diagnosis, Finding
+from runtime.diagnosis.diagnosis import diagnose
+from runtime.diagnosis.map_case import names_of
 from runtime.virtual import virtual_gpus
 
 D = 8

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planner.diagnosis import Diagnosis, Hazard
-from runtime.diagnosis import diagnose
+from planner.diagnosis.diagnosis import Diagnosis, Hazard
+from runtime.diagnosis.diagnosis import diagnose
 
 D, VOCABULARY, IMAGE_ID = 8, 16, 3
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from planner.diagnosis import Block, Crossing, DeviceLoad, MapCosts
+from planner.diagnosis.diagnosis import Block, Crossing, DeviceLoad, MapCosts
 from planner.graph import Phase
 from planner.memory import LABELS
 from planner.units import GIB, format_bytes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from planner.diagnosis import Finding, Hazard
+from planner.diagnosis.diagnosis import Finding, Hazard
 from planner.errors import SourceError
 from planner.textfile import read_text
 

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from planner.diagnosis import DeviceLoad, Diagnosis, Finding, MapCosts, Repair
+from planner.diagnosis.diagnosis import DeviceLoad, Diagnosis, Finding, MapCosts, Repair
 from planner.report import memory_bar, short_names
 from planner.units import GIB, format_bytes
 

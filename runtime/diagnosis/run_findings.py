@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator
 
 from transformers import PreTrainedModel
 
-from planner.diagnosis import Finding, Place
+from planner.diagnosis.diagnosis import Finding, Place
+from planner.diagnosis.map_hazards import has_stable_order
 from planner.errors import UnsupportedModelError
-from planner.map_hazards import has_stable_order
 from planner.paths import owner
-from runtime.classify import mismatch_findings, shown_device
-from runtime.map_case import MapCase
-from runtime.map_run import MapRun
+from runtime.diagnosis.classify import mismatch_findings, shown_device
+from runtime.diagnosis.map_case import MapCase
+from runtime.diagnosis.map_run import MapRun
 from runtime.mismatch import Place as CodePlace
 
 MAX_HOMES = 8

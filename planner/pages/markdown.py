@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.diagnosis import Diagnosis, Finding, MapCosts
-from planner.diagnosis_report import repair_summary, room
+from planner.diagnosis.diagnosis import Diagnosis, Finding, MapCosts
 from planner.graph import PHASES
+from planner.pages.terminal import repair_summary, room
 from planner.units import format_bytes
 
 MAX_EVIDENCE = 8

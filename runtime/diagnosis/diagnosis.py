@@ -11,26 +11,26 @@ from typing import Any
 
 from torch import nn
 
-from planner.coverage import coverage_findings
-from planner.diagnosis import Diagnosis, MapCosts, sorted_findings
-from planner.errors import ConstraintError, InfeasibleError, PlanMismatchError, UnsupportedModelError
-from planner.machine import Machine
-from planner.map_file import GivenMap, given_map, refuse_unknown_devices
-from planner.map_hazards import (
+from planner.diagnosis.coverage import coverage_findings
+from planner.diagnosis.diagnosis import Diagnosis, MapCosts, sorted_findings
+from planner.diagnosis.map_file import GivenMap, given_map, refuse_unknown_devices
+from planner.diagnosis.map_hazards import (
     launcher_findings,
     offload_findings,
     order_findings,
     peer_findings,
     spelling_findings,
 )
+from planner.errors import ConstraintError, InfeasibleError, PlanMismatchError, UnsupportedModelError
+from planner.machine import Machine
 from planner.plan import Plan
 from planner.workload import Workload
-from runtime.classify import involved
-from runtime.map_case import MapCase, first_line
-from runtime.map_costs import cost_findings, costs_of
-from runtime.map_run import STOPS
+from runtime.diagnosis.classify import involved
+from runtime.diagnosis.map_case import MapCase, first_line
+from runtime.diagnosis.map_costs import cost_findings, costs_of
+from runtime.diagnosis.map_run import STOPS
+from runtime.diagnosis.run_findings import run_findings
 from runtime.planning import plan_model
-from runtime.run_findings import run_findings
 from runtime.steps import Steps, forward_and_decode
 from runtime.trace import prompt_of
 

@@ -13,18 +13,18 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from planner.coverage import ModelNames, stale_entries, uncovered
-from planner.diagnosis import Place, Repair
-from planner.map_file import GivenMap
-from planner.map_hazards import main_device
+from planner.diagnosis.coverage import ModelNames, stale_entries, uncovered
+from planner.diagnosis.diagnosis import Place, Repair
+from planner.diagnosis.map_file import GivenMap
+from planner.diagnosis.map_hazards import main_device
 from planner.paths import owner
 from runtime.atoms import find_atoms
-from runtime.classify import Roles
-from runtime.cuda_literals import CudaLiterals
-from runtime.map_costs import CostedRun
-from runtime.map_run import STOPS, MapRun, Setting, run_map
+from runtime.diagnosis.classify import Roles
+from runtime.diagnosis.cuda_literals import CudaLiterals
+from runtime.diagnosis.map_costs import CostedRun
+from runtime.diagnosis.map_run import STOPS, MapRun, Setting, run_map
+from runtime.diagnosis.repair import completed, repair
 from runtime.mismatch import Place as CodePlace
-from runtime.repair import completed, repair
 from runtime.steps import Steps, generation
 from runtime.trace import Trace, trace_model
 

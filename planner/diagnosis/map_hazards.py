@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from planner.diagnosis import Crossing, Finding
+from planner.diagnosis.diagnosis import Crossing, Finding
+from planner.diagnosis.map_file import GivenMap
 from planner.machine import Machine
-from planner.map_file import GivenMap
 from planner.units import format_bytes
 
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "RANK")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.coverage import ModelNames
-from planner.diagnosis import OFFLOADED, Block, Crossing, DeviceLoad, Finding, MapCosts, Place
+from planner.diagnosis.coverage import ModelNames
+from planner.diagnosis.diagnosis import OFFLOADED, Block, Crossing, DeviceLoad, Finding, MapCosts, Place
 from planner.graph import Phase
 from planner.machine import Device, Machine
 from planner.memory import LABELS, WORKSPACE_BYTES, MemoryBreakdown
 from planner.paths import collapse, contains, owner
 from planner.units import KIB, format_bytes
-from runtime.classify import shown_device
-from runtime.map_run import MapRun, Usage
+from runtime.diagnosis.classify import shown_device
+from runtime.diagnosis.map_run import MapRun, Usage
 
 MUCH = 1.25
 """How many times as good a plan must be for a map to be called wasteful beside it."""

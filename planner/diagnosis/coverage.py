@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.diagnosis import Finding, Place
-from planner.map_file import GivenMap
+from planner.diagnosis.diagnosis import Finding, Place
+from planner.diagnosis.map_file import GivenMap
 from planner.paths import collapse, contains, owner
 from planner.report import short_names
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from planner.diagnosis import Block, Crossing, DeviceLoad, Diagnosis, Finding, MapCosts, Repair
-from planner.diagnosis_report import idle_shares, repair_summary, room
+from planner.diagnosis.diagnosis import Block, Crossing, DeviceLoad, Diagnosis, Finding, MapCosts, Repair
 from planner.graph import PHASES, ModuleGraph
 from planner.memory import LABELS
-from planner.page_style import STYLE
+from planner.pages.page_style import STYLE
+from planner.pages.picture import picture
+from planner.pages.terminal import idle_shares, repair_summary, room
 from planner.paths import contains
-from planner.picture import picture
 from planner.plan import DeviceKey, Plan, device_key
 from planner.units import GIB, format_bytes
 

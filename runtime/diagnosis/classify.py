@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from planner.diagnosis import Finding, Hazard
+from planner.diagnosis.diagnosis import Finding, Hazard
 from planner.paths import contains
 from runtime.atoms import find_atoms
-from runtime.cuda_literals import MADE_BY_LITERAL
-from runtime.map_run import ROOT
+from runtime.diagnosis.cuda_literals import MADE_BY_LITERAL
+from runtime.diagnosis.map_run import ROOT
 from runtime.mismatch import Mismatch
 
 _VISION = re.compile(

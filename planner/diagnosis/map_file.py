@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from planner.diagnosis import OFFLOADED, Place
+from planner.diagnosis.diagnosis import OFFLOADED, Place
 from planner.errors import PlanMismatchError, SourceError
 from planner.machine import Machine
 from planner.textfile import parse_mapping, read_text

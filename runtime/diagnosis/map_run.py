@@ -18,8 +18,8 @@ from torch import nn
 
 from planner.graph import Phase
 from planner.paths import owner
-from runtime.cuda_literals import CudaLiterals
 from runtime.devices import UNLIMITED_BYTES
+from runtime.diagnosis.cuda_literals import CudaLiterals
 from runtime.mismatch import Mismatch, Place, calling_place, place_of
 from runtime.op_costs import flops_of
 from runtime.proof import ProofWatch, Transfer, signature

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 
-from planner.coverage import ModelNames, renames, stale_entries
-from planner.diagnosis import Move, Place, Repair
-from planner.map_file import GivenMap
+from planner.diagnosis.coverage import ModelNames, renames, stale_entries
+from planner.diagnosis.diagnosis import Move, Place, Repair
+from planner.diagnosis.map_file import GivenMap
 from planner.paths import collapse, contains, owner
-from runtime.classify import involved
-from runtime.map_run import MapRun
+from runtime.diagnosis.classify import involved
+from runtime.diagnosis.map_run import MapRun
 from runtime.mismatch import Mismatch
 from runtime.recorder import INPUTS_LABEL
 from runtime.trace import Trace

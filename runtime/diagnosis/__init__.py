@@ -1,0 +1,1 @@
+"""Runs anyone's device map on virtual GPUs, and says what breaks, why, and the smallest repair."""
