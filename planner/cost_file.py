@@ -81,6 +81,7 @@ class _Writer:
             "kv_bytes_per_position": group.kv_bytes_per_position,
             "buffer_bytes": self.index(group.buffer_bytes),
             "logits_bytes": self.index(group.logits_bytes),
+            **({"reasons": list(group.reasons)} if group.reasons else {}),
             **{phase: self._cost(cost) for phase, cost in costs.items()},
         }
 
@@ -127,7 +128,8 @@ class _Reader:
         costs = {phase: self._cost(content[phase]) for phase in COSTED_PHASES if phase in content}
         plain = {key: value for key, value in content.items() if key not in COSTED_PHASES}
         named = {key: self._polynomials[plain[key]] for key in ("buffer_bytes", "logits_bytes")}
-        return ModuleGroup(**{**plain, **named, **costs, "modules": tuple(content["modules"])})
+        texts = {key: tuple(content.get(key, ())) for key in ("modules", "reasons")}
+        return ModuleGroup(**{**plain, **named, **costs, **texts})
 
     def _cost(self, content: Mapping[str, Any]) -> PhaseCost:
         named = {key: self._polynomials[content[key]] for key in ("flops", "read_bytes", "launches")}

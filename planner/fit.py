@@ -96,9 +96,9 @@ class _Fitter:
         """A group's costs. Its moments stay those of an only sample; intervals say more where there are several."""
 
         def cost(phase: Phase) -> PhaseCost | None:
-            costs = [found for part in parts if (found := part.cost(phase))]
-            if not costs:
+            if not any(part.cost(phase) for part in parts):
                 return None
+            costs = [part.cost(phase) or PhaseCost() for part in parts]
             return PhaseCost(
                 moments_bytes=costs[0].moments_bytes if len(parts) == 1 else (),
                 flops=self._through(phase, [one.flops for one in costs]),
@@ -131,7 +131,8 @@ class _Fitter:
             held = {name: found for name, found in self._moments(parts).items() if name != INPUTS}
             sources = [dict(part.arrived_bytes) for part in parts]
             basis = self._bases[parts[0].phase]
-            arrived = {name: basis.through([source[name] for source in sources]) for name in sources[0]}
+            # What a shared device saves: never more than it does.
+            arrived = {name: basis.below([source.get(name, 0) for source in sources]) for name in sources[0]}
             if held:
                 yield Interval(
                     phase=parts[0].phase,
@@ -191,6 +192,12 @@ class _Basis:
         if key not in self._found:
             self._found[key] = self._raised(self._interpolated(key), key) if any(key) else ZERO
         return self._found[key]
+
+    def below(self, values: Sequence[int]) -> Polynomial:
+        """The polynomial with these values at the samples; where there is none, one that is nowhere above them."""
+        polynomial = self._interpolated(tuple(values))
+        excess = (polynomial(q) - value for q, value in zip(self._quantities, values, strict=True))
+        return polynomial + -max(0, *excess)
 
     def moments_through(self, values: tuple[int, ...]) -> tuple[Polynomial, ...]:
         """Polynomials whose maximum has these values at the samples, or more.

@@ -46,7 +46,8 @@ class ModuleGroup:
     """What is placed as one: some modules, named by their FQNs, and what they cost wherever they are.
 
     `module_list` names the list whose element the group is, such as `model.layers`; a device then holds a contiguous
-    run of that list. `kv_bytes_per_position` is per sequence.
+    run of that list. `kv_bytes_per_position` is per sequence. `reasons` are the operations for whose sake its modules
+    are one group, where a trace has merged them.
     """
 
     id: str
@@ -61,6 +62,7 @@ class ModuleGroup:
     encode: PhaseCost | None = None
     prefill: PhaseCost | None = None
     decode: PhaseCost | None = None
+    reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.modules:

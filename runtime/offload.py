@@ -151,13 +151,8 @@ class Offloaded:
 
 def _resting(module: nn.Module, *, pin: bool) -> list[Resting]:
     """Every tensor of a module, pinned for copies that run beside the computation."""
-    found = []
-    for inner in module.modules():
-        for table in (inner._parameters, inner._buffers):
-            for leaf, tensor in table.items():
-                if tensor is None:
-                    continue
-                if pin:
-                    tensor.data = tensor.data.pin_memory()
-                found.append(Resting(table, leaf, tensor))
+    tables = [table for inner in module.modules() for table in (inner._parameters, inner._buffers)]
+    found = [Resting(table, leaf, tensor) for table in tables for leaf, tensor in table.items() if tensor is not None]
+    for one in found if pin else ():
+        one.host.data = one.host.data.pin_memory()
     return found

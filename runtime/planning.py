@@ -14,6 +14,7 @@ from torch import nn
 from planner.constraints import Constraints
 from planner.errors import UnsupportedModelError
 from planner.fit import fit
+from planner.graph import ModuleGraph
 from planner.machine import Machine
 from planner.plan import ModelSummary, Plan, make_plan
 from planner.polynomial import Quantities
@@ -46,11 +47,9 @@ def plan_model(
     not show, which would be our mistake.
     """
     steps = steps or forward_and_decode()
-    trace = trace_model(model, inputs, steps)
-    refuse_hazards(trace, type(model).__name__)
     asked = _sized(workload or Workload(), inputs, model)
     quantities = _quantities(asked)
-    graph = fit([sample_of(trace, model, type(model).__name__, quantities)])
+    graph = module_graph(model, inputs, quantities, steps=steps)
     problem = Problem.of(graph, machine, quantities, Constraints(split_vision=split_vision))
     problem = replace(problem, objective=objective, new_tokens=asked.new_tokens)
     solution = near_home.solve(problem)
@@ -65,6 +64,21 @@ def plan_model(
     )
     plan = make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model))
     return replace(plan, proof=_proof(dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
+
+
+def module_graph(
+    model: nn.Module, inputs: Mapping[str, Any], quantities: Quantities | None = None, *, steps: Steps | None = None
+) -> ModuleGraph:
+    """What a run of `model` on `inputs` shows: groups and why they are together, flows, and that run's costs.
+
+    `quantities` are what the inputs amount to; by default their batch and length, as text.
+    Raises: UnsupportedModelError when the model refuses the inputs, or leaves a tensor on the host.
+    """
+    name = type(model).__name__
+    trace = trace_model(model, inputs, steps or forward_and_decode())
+    refuse_hazards(trace, name)
+    counts = quantities or _quantities(_sized(Workload(), inputs, model))
+    return fit([sample_of(trace, model, name, counts)])
 
 
 def refuse_hazards(trace: Trace, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from math import prod
 
 import networkx as nx
@@ -67,8 +68,14 @@ class _Builder:
             num_parameters=sum(prod(t.shape) for t in parameters.values() if isinstance(t, nn.Parameter)),
             kv_bytes_per_position=self._kv.get(label, (0, 0))[0] // self.trace.batch_size,
             buffer_bytes=constant(self._kv.get(label, (0, 0))[1]),
+            reasons=tuple(self._reasons({atom.name for atom in atoms})),
             **costs,
         )
+
+    def _reasons(self, names: set[str]) -> Iterator[str]:
+        """Operations that merged these atoms, each line of code once."""
+        causes = [merge.cause for merge in self.trace.merges if names.intersection(chain(*merge.groups))]
+        yield from dict.fromkeys(f"{cause.op} at {cause.place}" for cause in causes)
 
     def _role(self, label: int) -> Role:
         if label in self._vision:

@@ -8,6 +8,7 @@ weight leaves the disk.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from threading import Condition
@@ -36,13 +37,17 @@ MAX_NAMES_SHOWN = 3
 
 
 class Reading:
-    """Which weights are being read; after `stop`, which waits for those, none is read any more."""
+    """Which weights are being read, and which have been and are not the model's yet.
+
+    When its context ends none is read any more; when it ends by an exception, no weight on its way holds memory.
+    """
 
     def __init__(self, on_bytes: OnBytes) -> None:
         self._on_bytes = on_bytes
         self._changed = Condition()
         self._num_reading = 0
         self._stopped = False
+        self._placed: list[weakref.ref[torch.Tensor]] = []
 
     def place(self, read: Callable[[], torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """What `read` returns, on its device in its dtype. Raises: RuntimeError after `stop`."""
@@ -54,6 +59,7 @@ class Reading:
             stored = read()
             # A copy on the host too: a mapped file puts weights at odd addresses, where kernels round differently.
             placed = stored.to(device=device, dtype=dtype, copy=True)
+            self._placed.append(weakref.ref(placed))
             self._on_bytes(stored.nbytes)
             return placed
         finally:
@@ -61,11 +67,26 @@ class Reading:
                 self._num_reading -= 1
                 self._changed.notify_all()
 
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop()
+        if kind is not None:
+            self._free()
+
     def stop(self) -> None:
         """Let no weight be read from now on, and wait for those that are."""
         with self._changed:
             self._stopped = True
             self._changed.wait_for(lambda: self._num_reading == 0)
+
+    def _free(self) -> None:
+        """Take their memory from weights on their way, whoever still holds them: a thread may for a moment."""
+        for reference in self._placed:
+            tensor = reference()
+            if tensor is not None:
+                tensor.data = tensor.new_empty(0)
 
 
 class StoredWeight:
@@ -99,15 +120,12 @@ def load_weights(
     """
     refuse_uncovered(skeleton, device_map)
     _take_memory_at_once(skeleton, device_map)
-    reading = Reading(on_bytes)
-    with ExitStack() as files:
+    with ExitStack() as files, Reading(on_bytes) as reading:
         try:
             weights = _stored_weights(checkpoint, reading, files)
             info = _converted(skeleton, weights, device_map)
         except SafetensorError as problem:
             raise SourceError(f"a shard in {checkpoint.folder} breaks off: {problem}. Download it again") from problem
-        finally:
-            reading.stop()
     _refuse_unlike(info, checkpoint)
     skeleton.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     _initialise_optional(skeleton, device_map, checkpoint)

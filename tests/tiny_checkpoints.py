@@ -1,4 +1,4 @@
-"""Tiny checkpoints of transformers' models with all that answering needs: weights, tokenizer, image processor, template.
+"""Tiny checkpoints of transformers' models with all that answering needs: weights, tokenizer, processor, template.
 
 Words are tokens, so that prompts can be counted by reading them.
 """

@@ -48,9 +48,17 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.Parser(prog="plan-devices run", description="Load MODEL as planned, and let it answer.")
+    parser = options.Parser(
+        prog="plan-devices run", description="Load MODEL as planned, and let it answer.", conflict_handler="resolve"
+    )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or an id on the hub")
     options.add_machine_arguments(parser)
+    parser.add_argument(
+        "--devices",
+        type=options.names,
+        metavar="0,2",
+        help="use these only; or: virtual, cpu, on machines without GPUs",
+    )
     ask = parser.add_argument_group("question")
     ask.add_argument(
         "--prompt", metavar="TEXT", help="<ImageHere> in it says where pictures go; else they are in front"

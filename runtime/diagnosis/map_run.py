@@ -189,6 +189,7 @@ class MapWatch(ProofWatch):
         self._names: dict[int, list[str]] = {}
         self._cache_sizes: list[dict[str, tuple[int, int]]] = []
         self._windows: dict[str, int] = {}
+
     def note_weights(self) -> None:
         """Everything is in its place: what is alive now are weights and buffers."""
         named = (

@@ -203,3 +203,33 @@ def test_a_graph_survives_its_file(moments: list[Polynomial], copied: Polynomial
         fit([sample]), flows=(flow,), intervals=(interval,), home=Home(modules=("a",), moments_bytes=tuple(moments))
     )
     assert graph_from_dict(graph_to_dict(graph)) == graph
+
+
+def test_copies_that_a_shared_device_saves_are_never_overestimated() -> None:
+    """They are subtracted: what bends is taken from below, and what some runs do not copy at all is not counted."""
+
+    def with_copies(text: int) -> Sample:
+        copied = (("b", min(text, 100) ** 2),) if text > 16 else (("b", 1),)
+        interval = SampledInterval(
+            phase="prefill", running="a", alive_bytes=(("a", (10**6,)), ("b", (5,))), arrived_bytes=copied
+        )
+        return replace(sampled(at(text), lambda q: {}), intervals=(interval,))
+
+    texts = (16, 50, 100, 1000)
+    graph = fit([with_copies(text) for text in texts])
+    saved = [graph.intervals[0].arrived[0][1](at(text)) for text in texts]
+    assert all(
+        value <= dict(with_copies(text).intervals[0].arrived_bytes)["b"]
+        for value, text in zip(saved, texts, strict=True)
+    )
+
+
+def test_a_group_that_only_some_runs_reach_costs_nothing_in_the_others() -> None:
+    def without_a(sample: Sample) -> Sample:
+        groups = (replace(sample.graph.groups[0], prefill=None), *sample.graph.groups[1:])
+        return replace(sample, graph=replace(sample.graph, groups=groups))
+
+    first, *others = (sampled(at(text), lambda q: {"a": (1,)}, flops=10 * text) for text in (16, 64, 256))
+    cost = fit([without_a(first), *others]).groups[0].prefill
+    assert cost is not None
+    assert [cost.flops(at(text)) >= 10 * text for text in (64, 256)] == [True, True]

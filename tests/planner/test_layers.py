@@ -21,7 +21,7 @@ ALLOWED_PLACES = {
         *("runtime/traced_graph.py", "runtime/diagnosis/repair.py"),
     },
     "yaml": {"planner/textfile.py"},
-    "rich": {"planner/report.py", "planner/pages/terminal.py", "planner/cli"},
+    "rich": {"planner/report.py", "planner/pages/terminal.py", "planner/cli", "runtime/progress.py"},
     "pynvml": {"runtime/probe.py"},
     "ortools": {"planner/solve/cp_sat.py"},
 }

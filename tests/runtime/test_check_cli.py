@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,6 @@ GOOD = {
     **{f"model.layers.{i}": i // 3 for i in range(6)},
     **{"model.norm": 1, "output": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def free_virtual_gpus() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture

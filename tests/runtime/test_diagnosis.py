@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +34,6 @@ BROKEN_BY_AUTO = {
     ("udop", 3): ("", "inputs_embeds += self.cell_2d_embedding(bbox)"),
 }
 """By type and number of GPUs: class, where the label is not a matter of taste, and text of a line that fails."""
-
-
-@pytest.fixture(autouse=True)
-def free_virtual_gpus() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 def roomy(model: Any, count: int) -> Machine:

@@ -14,7 +14,7 @@ from planner import Machine, MachineError, ModuleGraph, PlanMismatchError, Unsup
 from planner.fit import fit
 from planner.polynomial import Quantities
 from planner.problem import Objective
-from runtime import dry_run, inspect_placement, plan_model, shard
+from runtime import dry_run, inspect_placement, module_graph, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
 from runtime.inspection import guard_first_forward
 from runtime.steps import forward_and_decode
@@ -373,3 +373,14 @@ def test_plan_model_takes_every_objective(objective: str) -> None:
         model, example_inputs(model), machine=Machine.parse("rtx4090,rtx3090"), objective=cast(Objective, objective)
     )
     assert (plan.solver.objective, plan.proof["status"]) == (objective, "proven")
+
+
+@pytest.mark.parametrize("model_type", MUTATED[:5])
+def test_a_module_graph_says_why_its_modules_are_together(model_type: str) -> None:
+    model, _ = tiny_model(model_type)
+    graph = module_graph(model, example_inputs(model))
+    trace = traced(model_type)[2]
+    joined = {name for merge in trace.merges for group in merge.groups for name in group}
+    for group in graph:
+        assert bool(group.reasons) == bool(joined.intersection(group.modules))
+    assert all(" at " in reason and ".py:" in reason for group in graph for reason in group.reasons)
