@@ -79,7 +79,8 @@ def parse_mapping(text: str, what: str, error: type[PlannerError]) -> dict[str, 
         _check_events(text)
         content = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as problem:
-        raise error(f"{what} is not valid YAML: {' '.join(str(problem).split())}") from problem
+        said = " ".join(str(problem).split()).replace(' in "<unicode string>",', " at")
+        raise error(f"{what} is not valid YAML: {said}") from problem
     if not isinstance(content, dict):
         raise error(f"{what} holds {type(content).__name__}, not a mapping of keys to values")
     return content

@@ -96,7 +96,7 @@ class TimeTable:
     def of(cls, graph: ModuleGraph, machine: Machine, quantities: Quantities, new_tokens: int) -> TimeTable:
         """The table of `graph` on `machine` for answers of `new_tokens`."""
         position: Mapping[str, int] = {group.id: i for i, group in enumerate(graph)}
-        decode = _at_average_length(quantities, new_tokens)
+        decode = at_average_length(quantities, new_tokens)
         by_speed: dict[object, tuple[Times, ...] | None] = {}
         for device in machine.devices:
             if _speed(device) not in by_speed:
@@ -166,13 +166,35 @@ class PlacementTimes:
     bottleneck_ns: int
 
 
-def group_seconds(cost: PhaseCost, quantities: Quantities, device: Device) -> float | None:
-    """Seconds of one pass through a group: the longer of arithmetic and reading, and its launches on top."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """Seconds that one pass through a group needs for arithmetic, for reading, and to launch its kernels."""
+
+    compute_s: float
+    read_s: float
+    launch_s: float
+
+    @property
+    def total_s(self) -> float:
+        """The longer of arithmetic and reading, which overlap, and the launches on top."""
+        return max(self.compute_s, self.read_s) + self.launch_s
+
+
+def roofline(cost: PhaseCost, quantities: Quantities, device: Device) -> Roofline | None:
+    """What one pass through a group needs; None on a device of unknown speed."""
     if not device.bandwidth_bytes_per_s or not device.flops_per_s:
         return None
-    computing = cost.flops(quantities) / ((device.flops_fraction or FLOPS_FRACTION) * device.flops_per_s)
-    reading = cost.read_bytes(quantities) / (BANDWIDTH_FRACTION * device.bandwidth_bytes_per_s)
-    return max(computing, reading) + cost.launches(quantities) * LAUNCH_S
+    return Roofline(
+        compute_s=cost.flops(quantities) / ((device.flops_fraction or FLOPS_FRACTION) * device.flops_per_s),
+        read_s=cost.read_bytes(quantities) / (BANDWIDTH_FRACTION * device.bandwidth_bytes_per_s),
+        launch_s=cost.launches(quantities) * LAUNCH_S,
+    )
+
+
+def group_seconds(cost: PhaseCost, quantities: Quantities, device: Device) -> float | None:
+    """Seconds of one pass through a group; None on a device of unknown speed."""
+    needs = roofline(cost, quantities, device)
+    return needs.total_s if needs else None
 
 
 def transfer_ns(num_bytes: int, link: Link) -> int:
@@ -199,7 +221,8 @@ def _speed(device: Device) -> tuple[float | None, ...]:
     return device.bandwidth_bytes_per_s, device.flops_per_s, device.flops_fraction
 
 
-def _at_average_length(quantities: Quantities, new_tokens: int) -> Quantities:
+def at_average_length(quantities: Quantities, new_tokens: int) -> Quantities:
+    """The counts of a decode step in the middle of an answer."""
     prompt = quantities.text_tokens + quantities.image_tokens
     return replace(quantities, positions=prompt + (new_tokens + 1) // 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,13 @@ def ask(
     """
     inputs = prompter.inputs(questions)
     refuse_more_than_planned(model.plan, inputs["input_ids"].shape, questions, sampling.max_new_tokens)
-    cast = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    taken = inspect.signature(model.forward).parameters
+    cast = {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in inputs.items()
+        # Tokenizers may say more than the model takes, which `generate` refuses.
+        if name in taken
+    }
     torch.manual_seed(sampling.seed)
     start_s = time.perf_counter()
     try:

@@ -61,6 +61,11 @@ def merge_lines(model: Placed) -> list[str]:
     return [f"merge: {merge}" for merge in getattr(model, "merges", ())]
 
 
+def link_lines(model: Placed) -> list[str]:
+    """How tensors cross between GPUs, for every link that was used."""
+    return [f"{source} -> {target}: copied {route}" for (source, target), route in model.links.routes.items()]
+
+
 def memory_lines(model: Placed) -> list[str]:
     """One line per GPU: the most that was allocated and reserved on it, beside what the plan foresaw for tensors."""
     plan, device_map = model.plan, inspect_placement(model)

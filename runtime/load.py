@@ -21,6 +21,7 @@ from runtime.boundary import attach_boundaries, refuse_moves
 from runtime.devices import Devices, torch_devices
 from runtime.first_forward import watch_first_forward
 from runtime.inspection import verify_placement
+from runtime.links import Links
 from runtime.overflow import report_overflow
 from runtime.probe import probe_machine
 from runtime.progress import byte_bar
@@ -50,8 +51,8 @@ def load_sharded(
     Without a plan one is made for `machine`, or for the GPUs found here. `devices` is None for real GPUs, "virtual"
     for virtual ones, "cpu", or a list with one device for each of the plan's. `verify` compares every module's device
     with the plan and watches the first forward: what modules are given, and what meets between them (`.merges`). The
-    model carries its plan as `.plan`, and where each input belongs
-    as `.input_devices`.
+    model carries its plan as `.plan`, where each input belongs as `.input_devices`, and which links between GPUs were
+    tested as `.links`.
 
     Raises: SourceError for a checkpoint that cannot be read; PlanMismatchError for another model's plan; MachineError
     when the devices are not there or too full; torch.OutOfMemoryError when one fills up. Whatever was placed is freed
@@ -102,7 +103,8 @@ def _attached(
     verify: bool,
 ) -> PreTrainedModel:
     home = places[plan.input_devices["input_ids"]]
-    attach_boundaries(skeleton, device_map, home)
+    skeleton.links = Links()
+    attach_boundaries(skeleton, device_map, home, skeleton.links)
     refuse_moves(skeleton)
     if skeleton.dtype == torch.float16:
         report_overflow(skeleton)

@@ -7,15 +7,16 @@ between module boundaries are what the activation peak of any placement is repla
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from planner.graph import Phase
 from runtime.mismatch import Mismatch, calling_place
+from runtime.op_costs import flops_of
+from runtime.relocate import tensors_in
 from runtime.virtual import DeviceMismatchError, MemoryLedger
 
 INPUTS_LABEL = 0
@@ -112,7 +113,7 @@ class Recorder:
     def note_cache(self, cache: Any) -> None:
         """Write down the device and bytes of every tensor in a cache, as it is between two steps."""
         self.close_interval()
-        found = {path: (tensor.device.index or 0, _num_bytes(tensor)) for path, tensor in _tensors_in(cache, "", set())}
+        found = {path: (tensor.device.index or 0, _num_bytes(tensor)) for path, tensor in tensors_in(cache)}
         self.caches.append(found)
         for index, layer in enumerate(getattr(cache, "layers", ())):
             if getattr(layer, "is_sliding", False):
@@ -144,7 +145,7 @@ class Recorder:
         work = self.work.setdefault((label, self.step), Work())
         work.launches += 1
         work.read_bytes += sum(_num_bytes(value) for value in args if isinstance(value, torch.Tensor))
-        work.flops += _flops(op, args, outcome)
+        work.flops += flops_of(op, args, outcome)
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         """Write down a copy between two devices."""
@@ -164,24 +165,6 @@ class Recorder:
             self._arrived[sent.source] += sent.num_bytes
 
 
-def _tensors_in(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor reachable through attributes, lists, tuples and dicts, with the way to it."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-        return
-    if id(value) in seen or isinstance(value, str | int | float | bool | type | torch.nn.Module | None):
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        inside = value.items()
-    elif isinstance(value, list | tuple):
-        inside = enumerate(value)
-    else:
-        inside = getattr(value, "__dict__", {}).items()
-    for key, item in inside:
-        yield from _tensors_in(item, f"{path}.{key}", seen)
-
-
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells a virtual GPU's storage from any other that a run makes; views share it. 0 on the host."""
     block = getattr(tensor.untyped_storage(), "vgpu_block", None)
@@ -190,14 +173,3 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _flops(op: Any, args: Sequence[Any], outcome: Any) -> int:
-    """FLOPs by torch's own formulas; operations that it has none for are bound by bytes."""
-    packet = op.overloadpacket
-    if packet is torch.ops.aten.scaled_dot_product_attention:
-        query, key, value = (list(tensor.shape) for tensor in args[:3])
-        key[:-2] = value[:-2] = query[:-2]
-        return int(sdpa_flop_count(query[-4:], key[-4:], value[-4:])) if len(query) >= 4 else 0
-    formula = flop_registry.get(packet)
-    return int(formula(*args, out_val=outcome)) if formula else 0

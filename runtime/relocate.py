@@ -32,13 +32,18 @@ def relocate(value: Any, move: Move) -> Any:
     return value
 
 
-def tensors_in(value: Any, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor reachable through attributes, lists, tuples and dicts, but not modules, with the way to it."""
+def tensors_in(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor reachable through attributes, lists, tuples and dicts, but not modules, with the first way to it."""
+    yield from _reached(value, "", set())
+
+
+def _reached(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield path, value
         return
     if id(value) in seen or isinstance(value, str | int | float | bool | type | nn.Module | None):
         return
+    seen.add(id(value))
     if isinstance(value, dict):
         inside = value.items()
     elif isinstance(value, list | tuple):
@@ -46,4 +51,4 @@ def tensors_in(value: Any, path: str = "", seen: frozenset[int] = frozenset()) -
     else:
         inside = getattr(value, "__dict__", {}).items()
     for key, item in inside:
-        yield from tensors_in(item, f"{path}.{key}", seen | {id(value)})
+        yield from _reached(item, f"{path}.{key}", seen)

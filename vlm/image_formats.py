@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 
+from planner.errors import UnsupportedModelError
+from planner.units import GIB, format_bytes
+
 Pixels = dict[str, Tensor]
 
 DEFAULT_SIDE_PX = 448
 """Side of an image for models that take any size."""
+MAX_PIXEL_BYTES = 8 * GIB
+"""Most that a host is asked for: a thousand images of 846 x 846 pixels in float32."""
+
 POOLED_SIDE = 2
 """Patches per side that a position averages where the input says so: a processor's default, absent from the config."""
 
@@ -100,6 +106,12 @@ class ImageRequest:
         return self.patch_px * self.merge_factor
 
     def noise(self, *shape: int) -> Tensor:
+        num_bytes = 4 * math.prod(shape)
+        if num_bytes > MAX_PIXEL_BYTES:
+            raise UnsupportedModelError(
+                f"the pixels of {self.total_images} images would take {format_bytes(num_bytes)} of host memory: at "
+                f"most {format_bytes(MAX_PIXEL_BYTES)} are made. Ask for fewer or smaller images, or a smaller batch."
+            )
         return torch.rand(shape, generator=self.generator) * 2 - 1
 
     def per_image(self, *row: int, dtype: torch.dtype = torch.long) -> Tensor:

@@ -124,7 +124,10 @@ def example_pictures(
     request = replace(request, height=height, width=width)
     if not num_images:
         return Pictures(request=request, pixels={}, image_tokens=0)
-    layout, num_positions = _accepted_layout(probe, replace(request, batch_size=1))
+    one_sample = replace(request, batch_size=1)
+    answer = _answer_without_values(model_or_config, one_sample) if probe is not model_or_config else None
+    layout, num_positions = answer or _accepted_layout(probe, one_sample)
+    request = replace(request, generator=torch.Generator().manual_seed(seed))  # asking has drawn noise from the other
     pixels = next(islice(image_format(request).layouts(request), layout, None))
     return Pictures(request=request, pixels=pixels, image_tokens=num_positions)
 
@@ -280,6 +283,27 @@ def _accepted_layout(probe: PreTrainedModel, request: ImageRequest) -> tuple[int
         return index, fixed * request.num_images or num_rows
     name = type(probe).__name__
     raise UnsupportedModelError(f"{name} takes images in none of the layouts known here.\n" + "\n".join(refusals))
+
+
+def _answer_without_values(
+    model_or_config: PreTrainedModel | PreTrainedConfig, request: ImageRequest
+) -> tuple[int, int] | None:
+    """As `_accepted_layout`, from a model on the meta device: nothing is computed. None where that cannot be done.
+
+    Only the usual layout is tried, because code that needs values refuses the right one too.
+    """
+    function = None if isinstance(model_or_config, PreTrainedConfig) else _vision_function(model_or_config)
+    pixels = next(image_format(request).layouts(request))
+    if function is None or not pixels or any(hasattr(request.config, name) for name in _FIXED_COUNTS):
+        return None
+    given = {
+        name: value.to("meta") if value.is_floating_point() else value
+        for name, value in (pixels | _qformer_inputs(pixels)).items()
+    }
+    try:
+        return 0, _num_feature_rows(function, given, model_or_config.dtype)
+    except _REFUSALS:
+        return None
 
 
 def _num_patches(request: ImageRequest, pixels: Pixels) -> int:

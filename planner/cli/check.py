@@ -18,7 +18,7 @@ from planner.cli.outputs import check_output, write_output
 from planner.diagnosis.diagnosis import Diagnosis, Place, sorted_findings
 from planner.diagnosis.map_file import GivenMap, read_map_file
 from planner.diagnosis.map_hazards import LAUNCHER_VARIABLES
-from planner.diagnosis.source_risks import scan_files, source_findings
+from planner.diagnosis.source_risks import SourceRisk, scan_files, source_findings
 from planner.errors import ConstraintError, SourceError
 from planner.machine import Machine
 from planner.pages.html_page import diagnosis_page
@@ -33,10 +33,7 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 def run(argv: Sequence[str]) -> int:
     """Diagnose, report, and write what was asked for; 1 when the map is unsafe."""
     arguments = _parser().parse_args([_as_strategy(argument) for argument in argv])
-    if arguments.fix and arguments.output is None:
-        raise ConstraintError("--fix writes the repaired map to a file: name it with -o FILE")
-    for path in (arguments.output, arguments.report):
-        check_output(path, force=arguments.force)
+    _check_outputs(arguments)
     diagnosis = _diagnosis(arguments)
     _print(diagnosis, arguments)
     if arguments.report is not None:
@@ -81,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    if arguments.fix and arguments.output is None:
+        raise ConstraintError("--fix writes the repaired map to a file: name it with -o FILE")
+    if arguments.output is not None and not arguments.fix:
+        raise ConstraintError("-o names the file for a repaired map: add --fix, or send the report there with > FILE")
+    if arguments.report is not None and arguments.report == arguments.output:
+        raise ConstraintError(f"--report and -o both name {arguments.output}: one would overwrite the other")
+    for path in (arguments.output, arguments.report):
+        check_output(path, force=arguments.force)
+
+
 def _as_strategy(argument: str) -> str:
     """`balanced-low-0` for those who type hyphens."""
     return "balanced_low_0" if argument == "balanced-low-0" else argument
@@ -92,11 +100,14 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
     from runtime.rehearsal import rehearsal
 
     machine = options.machine_from(arguments)
+    written = _written_map(arguments.map)
+    risks, notes = _remote_risks(arguments.model)
+    risks += scan_files(arguments.source)
     model = options.model_from(arguments.model)
     workload = model.resolved(_workload(arguments))
     with quiet_libraries():
         rehearsed = rehearsal(model, workload)
-        given = _given(arguments.map, rehearsed.skeleton, machine)
+        given = written or _strategys_map(arguments.map, rehearsed.skeleton, machine)
         diagnosis = diagnose(
             rehearsed.skeleton,
             rehearsed.inputs,
@@ -106,18 +117,20 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
             steps=rehearsed.steps,
             environment={name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ},
         )
-    risks = list(source_findings(scan_files([*_remote_code(arguments.model), *arguments.source])))
-    findings = sorted_findings([*diagnosis.findings, *risks])
-    return replace(diagnosis, model=model.name, findings=findings)
+    findings = sorted_findings([*diagnosis.findings, *source_findings(risks)])
+    return replace(diagnosis, model=model.name, findings=findings, notes=(*diagnosis.notes, *notes))
 
 
-def _given(text: str, skeleton: Any, machine: Machine) -> GivenMap:
+def _written_map(text: str) -> GivenMap | None:
+    """The map in the file that MAP names; None where it names a strategy. A file wins."""
+    path = Path(text)
+    return None if text in STRATEGIES and not path.exists() else read_map_file(path)
+
+
+def _strategys_map(strategy: str, skeleton: Any, machine: Machine) -> GivenMap:
     from runtime.auto_maps import auto_map
 
-    path = Path(text)
-    if text not in STRATEGIES or path.exists():
-        return read_map_file(path)
-    return auto_map(skeleton, text, machine)
+    return auto_map(skeleton, strategy, machine)
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
@@ -136,10 +149,13 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         raise ConstraintError(str(problem)) from problem
 
 
-def _remote_code(model: str) -> list[Path]:
-    """The Python files of a checkpoint folder: code that `trust_remote_code` would run."""
+def _remote_risks(model: str) -> tuple[tuple[SourceRisk, ...], tuple[str, ...]]:
+    """Risks in a checkpoint folder's Python, which `trust_remote_code` would run; a note where it cannot be read."""
     folder = Path(model).expanduser()
-    return [folder] if folder.is_dir() else []
+    try:
+        return (scan_files([folder]), ()) if folder.is_dir() else ((), ())
+    except SourceError as problem:
+        return (), (f"The folder's own code was not looked through: {problem}",)
 
 
 def _print(diagnosis: Diagnosis, arguments: argparse.Namespace) -> None:
@@ -157,4 +173,5 @@ def _write_fix(diagnosis: Diagnosis, output: Path) -> None:
     write_output(json.dumps(entries, indent=2) + "\n" if is_json else dump_mapping(entries), output)
     if diagnosis.repair is not None and not diagnosis.repair.proven:
         raise SourceError(f"the map in {output} is repaired as far as possible, and still not clean: see the findings")
-    print(f"Repaired map written to {output}", file=sys.stderr)
+    done = "Repaired map" if diagnosis.repair is not None else "Nothing to repair: the map as given"
+    print(f"{done} written to {output}", file=sys.stderr)

@@ -14,12 +14,13 @@ COMMANDS = {
     "plan": "place a model's modules on GPUs (the default command)",
     "run": "load a model as planned, and let it answer",
     "check": "say what a device map will break, where and why, and repair it",
+    "explain": "say where a model's bytes are, and what bounds it on a GPU",
     "convert": "turn a folder of pickled weights into safetensors",
     "machine": "print the GPUs of this machine, or what --gpus means",
     "models": "list the models that are known by name",
 }
 
-TORCH_EXTRA = ("torch", "transformers", "accelerate", "sentencepiece", "PIL")
+TORCH_EXTRA = ("torch", "transformers", "accelerate", "huggingface_hub", "sentencepiece", "PIL")
 """What the `torch` extra installs: planning does without, by import name."""
 
 _USAGE = """\
@@ -27,7 +28,8 @@ usage: plan-devices MODEL [--gpus SPEC | --machine FILE] [options]
        plan-devices COMMAND ...
 
 Plans which GPU each module of a vision-language model goes to, before a weight is read. The plan is YAML on
-stdout, the reasoning is on stderr. MODEL is a checkpoint folder or a name from `plan-devices models`.
+stdout, the reasoning is on stderr. MODEL is a checkpoint folder, a name from `plan-devices models`, an id on the hub,
+or a module-graph file.
 
 commands:
 {commands}

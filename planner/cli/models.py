@@ -16,8 +16,8 @@ def run(argv: Sequence[str]) -> int:
     parser.parse_args(argv)
     entries = {name: lookup(name) for name in catalogue_names()}
     width = max(map(len, entries))
-    print(f"{'name':<{width}}  {'parameters':>14}  {'weights':>19}  architecture")
+    print(f"{'name':<{width}}  {'parameters':>15}  {'weights':>19}  architecture")
     for name, entry in entries.items():
         weights = f"{entry.parameters * ITEMSIZE[entry.dtype] / GIB:.2f} GiB {entry.dtype}"
-        print(f"{name:<{width}}  {entry.parameters:>14,}  {weights:>19}  {entry.config['architectures'][0]}")
+        print(f"{name:<{width}}  {entry.parameters:>15,}  {weights:>19}  {entry.config['architectures'][0]}")
     return 0

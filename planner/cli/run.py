@@ -117,8 +117,7 @@ def _loaded(arguments: argparse.Namespace, results: Results | None, say: Say) ->
     say(f"{model.name}: from the {'hub' if model.origin == 'hub' else model.origin} ({arguments.model})")
     prompter = prompter_for(_folder_of(model), model.architecture)
     place = arguments.devices[0] if arguments.devices in ([name] for name in PLACES) else None
-    most_images = len(first.images) if first else max(len(one["images"]) for one in results.left) if results else 0
-    plan = _plan(arguments, model, place, most_images)
+    plan = _plan(arguments, model, place, _asked(arguments, prompter, first, results))
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens or plan.workload.new_tokens,
         temperature=arguments.temperature,
@@ -157,7 +156,7 @@ def _refuse_early(plan: Plan, prompter: Prompter, question: Question, sampling: 
     refuse_more_than_planned(plan, shape, [question], sampling.max_new_tokens)
 
 
-def _plan(arguments: argparse.Namespace, model: Model, place: str | None, num_images: int) -> Plan:
+def _plan(arguments: argparse.Namespace, model: Model, place: str | None, asked: Workload) -> Plan:
     """The plan to load: the file's, that of its workload placed anew, or one for what is asked."""
     from vlm.planning import plan_for
 
@@ -172,7 +171,7 @@ def _plan(arguments: argparse.Namespace, model: Model, place: str | None, num_im
     else:
         machine = options.machine_from(_without_place(arguments, place))
     # A cache length that was derived for one model is not another's.
-    workload = replace(old.workload, max_model_len=None) if old else _workload(arguments, num_images)
+    workload = replace(old.workload, max_model_len=None) if old else asked
     return plan_for(model, machine, workload)
 
 
@@ -180,12 +179,20 @@ def _without_place(arguments: argparse.Namespace, place: str | None) -> argparse
     return argparse.Namespace(**{**vars(arguments), "devices": None}) if place else arguments
 
 
-def _workload(arguments: argparse.Namespace, num_images: int) -> Workload:
+def _asked(
+    arguments: argparse.Namespace, prompter: Prompter, question: Question | None, results: Results | None
+) -> Workload:
+    """What to plan for: the pictures and at least the positions of what is asked.
+
+    The positions of pictures count as text too: how many are theirs shows only when the costs are known.
+    """
+    positions = prompter.inputs([question])["input_ids"].shape[1] if question else 0
+    most_images = max((len(one["images"]) for one in results.left), default=0) if results else 0
     try:
         return Workload(
             batch_size=arguments.batch_size,
-            num_images=num_images,
-            prompt_tokens=arguments.prompt_tokens,
+            num_images=len(question.images) if question else most_images,
+            prompt_tokens=max(arguments.prompt_tokens, positions),
             new_tokens=arguments.max_new_tokens or Workload().new_tokens,
             dtype=arguments.dtype,
             attention=arguments.attention,
@@ -233,10 +240,10 @@ def _answer_all(model: Placed, prompter: Prompter, sampling: Sampling, results: 
 
 
 def _report(model: Placed, answers: Sequence[Answer], seconds: float, say: Say) -> None:
-    from runtime.inspection import memory_lines, merge_lines
+    from runtime.inspection import link_lines, memory_lines, merge_lines
 
     num_tokens = sum(answer.num_tokens for answer in answers)
     if seconds:
         say(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s")
-    for line in (*merge_lines(model), *memory_lines(model)):
+    for line in (*merge_lines(model), *link_lines(model), *memory_lines(model)):
         say(line)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from planner.cli.outputs import write_output
 from planner.errors import ConstraintError, PlannerError, SourceError
 
 if TYPE_CHECKING:
@@ -34,15 +35,25 @@ class Results:
     num_failed: int = 0
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of the next records, and let them survive whatever comes."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            for line in lines:
-                stream.write(json.dumps({"index": self.num_done, **line}, ensure_ascii=False) + "\n")
-                self.num_done += 1
-                self.num_failed += "error" in line
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Write the lines of the next records, and let them survive whatever comes.
+
+        Raises: SourceError when the disk or the folder refuses.
+        """
+        numbered = [{"index": self.num_done + offset, **line} for offset, line in enumerate(lines)]
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(_text(numbered))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as problem:
+            raise SourceError(f"{self.path} cannot be written: {problem.strerror}. Run again to go on") from problem
+        self.num_done += len(lines)
+        self.num_failed += sum("error" in line for line in lines)
         del self.left[: len(lines)]
+
+
+def _text(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -77,9 +88,7 @@ def open_results(source: Path, target: Path, *, force: bool) -> Results:
                 f"{target} answers other questions than {source}, from line {index + 1} on: choose another --output, "
                 "or start it anew with --force"
             )
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done)
-    if force or not target.exists() or target.read_text(encoding="utf-8") != text:
-        target.write_text(text, encoding="utf-8")
+    write_output(_text(done), target)
     failed = sum("error" in line for line in done)
     return Results(path=target, left=records[len(done) :], folder=source.parent, num_done=len(done), num_failed=failed)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.diagnosis.diagnosis import Finding, Place
+from planner.diagnosis.diagnosis import OFFLOADED, Finding, Place
 from planner.diagnosis.map_file import GivenMap
 from planner.paths import collapse, contains, owner
 from planner.report import short_names
@@ -72,6 +72,18 @@ def stale_entries(given: GivenMap, names: ModelNames) -> list[str]:
     return [name for name in given.placement if name not in known]
 
 
+def stranded(placement: Mapping[str, Place], names: ModelNames) -> tuple[str, ...]:
+    """Bare tensors that stay on the host or disk for good: no hook of theirs or around them brings them to a GPU.
+
+    The root's own tensors are moved by its hook; where no entry names a GPU, everything runs on the host.
+    """
+    if not any(isinstance(place, int) for place in placement.values()):
+        return ()
+    hooked = [name for name in placement if name in names.modules]
+    bare = [name for name, place in placement.items() if place in OFFLOADED and name not in names.modules]
+    return tuple(name for name in bare if name in names.tensors and "." in name and owner(name, hooked) is None)
+
+
 def _without_entry(given: GivenMap, names: ModelNames) -> Iterator[Finding]:
     missing = uncovered(given, names)
     refused = [name for name in missing if name not in names.non_persistent]
@@ -97,7 +109,7 @@ def _without_entry(given: GivenMap, names: ModelNames) -> Iterator[Finding]:
             title=f"{_counted(len(tables), 'non-persistent buffer has', 'non-persistent buffers have')} no entry",
             evidence=(
                 _listed(modules),
-                "it stays on the CPU; no checkpoint holds it, so no list of weights reminds one of it",
+                "such tables stay on the CPU; no checkpoint holds them, so no list of weights reminds one of them",
             ),
             fix=f"Add {', '.join(modules[:SHOWN])} on the device of the layers that read it.",
             modules=tuple(modules),

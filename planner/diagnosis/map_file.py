@@ -15,6 +15,7 @@ from typing import Any
 from planner.diagnosis.diagnosis import OFFLOADED, Place
 from planner.errors import PlanMismatchError, SourceError
 from planner.machine import Machine
+from planner.paths import owner
 from planner.textfile import parse_mapping, read_text
 
 MAX_INDEX = 127
@@ -23,7 +24,9 @@ MAX_INDEX = 127
 MAX_ENTRIES = 100_000
 """More than any model has tensors."""
 
-_NAMED = re.compile(r"(?:(?:cuda|vgpu|xpu|npu|hip)(?::(\d{1,3}))?|(\d{1,3}))")
+_NAMED = re.compile(r"(?:(?:cuda|vgpu|xpu|npu|hip)(?::([0-9]{1,3}))?|([0-9]{1,3}))")
+
+_EXAMPLE = "Write module: device, such as model.visual: 0."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +42,21 @@ class GivenMap:
         """The GPU indices that it names, in its own order."""
         return tuple(dict.fromkeys(place for place in self.placement.values() if isinstance(place, int)))
 
+    def place(self, name: str) -> Place | None:
+        """Where a module or tensor is put; None where no entry says."""
+        entry = owner(name, self.placement)
+        return self.placement[entry] if entry is not None else None
+
     @property
     def offloaded(self) -> dict[str, Place]:
         """Entries that keep weights on the host or disk."""
         return {name: place for name, place in self.placement.items() if place in OFFLOADED}
+
+    @property
+    def fetched(self) -> dict[str, Place]:
+        """Those whose weights come for the time their module runs: where no GPU is named, the host runs its own."""
+        away = OFFLOADED if self.gpus else ("disk",)
+        return {name: place for name, place in self.placement.items() if place in away}
 
 
 def read_map_file(path: Path) -> GivenMap:
@@ -50,11 +64,16 @@ def read_map_file(path: Path) -> GivenMap:
 
     Raises: SourceError when the file is missing, hostile, too large, or holds no device map.
     """
+    what = f"device map {path}"
     text = read_text(path, "device map", SourceError)
-    content = _parsed(text, f"device map {path}")
-    if isinstance(content.get("device_map"), dict):
-        content = content["device_map"]
-    return replace(given_map(content, f"device map {path}", SourceError), origin=path.name)
+    if not text.strip():
+        raise SourceError(f"{what} is empty. {_EXAMPLE}")
+    content = _parsed(text, what)
+    if "device_map" in content and not _is_device(content["device_map"]):
+        content, what = content["device_map"], f"{what}, device_map,"
+        if not isinstance(content, dict):
+            raise SourceError(f"{what} is {_shown(content)}: a map says a device for each module. {_EXAMPLE}")
+    return replace(given_map(content, what, SourceError), origin=path.name)
 
 
 def given_map(
@@ -67,7 +86,7 @@ def given_map(
     Raises: `error` naming the entry when a key is no module's name or a value no device; for no entry, or too many.
     """
     if not entries:
-        raise error(f"{origin} has no entries: write module: device, such as model.visual: 0")
+        raise error(f"{origin} has no entries. {_EXAMPLE}")
     if len(entries) > MAX_ENTRIES:
         raise error(f"{origin} has {len(entries)} entries: at most {MAX_ENTRIES} are read, and no model has so many")
     placement: dict[str, Place] = {}
@@ -75,11 +94,13 @@ def given_map(
         if not isinstance(name, str):
             hint = f" It looks reversed: write {value}: {name}." if isinstance(value, str) else ""
             raise error(f"{origin} has the key {name!r}: keys are module names, values devices.{hint}")
+        if not name.isprintable():
+            raise error(f"{origin} has the key {name!r}: no module's name holds control characters. Remove that entry.")
         place = _place(value)
         if place is None:
             raise error(
-                f"{origin} says {name!r}: {_shown(value)}. A device is a GPU's index of 0 to {MAX_INDEX}, "
-                "cuda:INDEX, cpu or disk."
+                f"{origin} says {_shown(name)}: {_shown(value)}. A device is a GPU's index of 0 to {MAX_INDEX}, "
+                f"cuda:INDEX, cpu or disk.{_hint(name, value)}"
             )
         placement[name] = place
     return GivenMap(origin=origin, placement=placement, written=dict(entries))
@@ -89,7 +110,9 @@ def refuse_unknown_devices(given: GivenMap, machine: Machine) -> None:
     """Raise PlanMismatchError when the map names a GPU that the machine does not have."""
     known = [device.index for device in machine.devices]
     wrong = [
-        f"{name}: {place}" for name, place in given.placement.items() if isinstance(place, int) and place not in known
+        f"{name or repr('')}: {place}"
+        for name, place in given.placement.items()
+        if isinstance(place, int) and place not in known
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -100,18 +123,18 @@ def refuse_unknown_devices(given: GivenMap, machine: Machine) -> None:
 
 
 def _parsed(text: str, what: str) -> dict[str, Any]:
-    """JSON as JSON, because its tabs are no YAML; everything else as YAML."""
+    """JSON as JSON, because its tabs are no YAML; everything else as YAML, which has mappings in braces too."""
     if not text.lstrip().startswith("{"):
         return parse_mapping(text, what, SourceError)
     try:
-        content = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError:
-        return parse_mapping(text, what, SourceError)
+        return dict(json.loads(text, object_pairs_hook=_unique_keys))
+    except json.JSONDecodeError as problem:
+        try:
+            return parse_mapping(text, what, SourceError)
+        except SourceError:
+            raise SourceError(f"{what} is neither JSON nor YAML: {problem}") from problem
     except (ValueError, RecursionError) as problem:
         raise SourceError(f"{what} is not valid JSON: {problem}") from problem
-    if not isinstance(content, dict):
-        raise SourceError(f"{what} holds {type(content).__name__}, not a mapping of modules to devices")
-    return content
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,6 +157,21 @@ def _place(value: Any) -> Place | None:
         return None
     index = int(match[1] or match[2] or 0)
     return index if index <= MAX_INDEX else None
+
+
+def _is_device(value: Any) -> bool:
+    """Whether the key `device_map` is a module's name after all."""
+    return _place(value) is not None
+
+
+def _hint(name: str, value: Any) -> str:
+    """What was probably meant by an entry that is none."""
+    if isinstance(value, dict) and value:
+        inner = next(iter(value))
+        return f" A map is flat: write {name + '.' if name else ''}{inner}: DEVICE."
+    if _is_device(name) and isinstance(value, str):
+        return f" It looks reversed: write {_shown(value)}: {name}."
+    return ""
 
 
 def _shown(value: Any) -> str:

@@ -89,7 +89,7 @@ def order_findings(given: GivenMap, home: int) -> Iterator[Finding]:
 def launcher_findings(given: GivenMap, environment: Mapping[str, str]) -> Iterator[Finding]:
     """A map that spans GPUs in each of several processes."""
     world = environment.get("WORLD_SIZE", "")
-    if len(given.gpus) < 2 or not world.isdigit() or int(world) < 2:
+    if len(given.gpus) < 2 or not world.isdecimal() or int(world) < 2:
         return
     found = [f"{name}={environment[name]}" for name in LAUNCHER_VARIABLES if name in environment]
     yield Finding(
@@ -125,9 +125,18 @@ def peer_findings(machine: Machine, crossings: Sequence[Crossing]) -> Iterator[F
 
 
 def offload_findings(given: GivenMap, num_bytes: int) -> Iterator[Finding]:
-    """Weights that are brought to a GPU for every pass; `num_bytes` are theirs together."""
+    """Weights that are brought to a GPU for every pass, or a map without one; `num_bytes` are theirs together."""
     where = " and ".join(sorted({str(place) for place in given.offloaded.values()}))
-    if given.offloaded and num_bytes:
+    if not given.gpus:
+        yield Finding(
+            severity="wasteful",
+            hazard="offload",
+            title=f"no GPU is used: everything stays on {where}",
+            evidence=("accelerate then takes the CPU for its main device, and runs the model there",),
+            fix="Give modules the index of a GPU.",
+            modules=tuple(given.offloaded),
+        )
+    elif given.offloaded and num_bytes:
         yield Finding(
             severity="wasteful",
             hazard="offload",

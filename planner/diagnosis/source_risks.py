@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planner.diagnosis.diagnosis import Finding, Hazard
@@ -12,7 +13,8 @@ from planner.errors import SourceError
 from planner.textfile import read_text
 
 _FACTORIES = frozenset(
-    "arange empty eye full linspace logspace ones rand randint randn randperm scalar_tensor tensor zeros".split()
+    "arange empty eye from_numpy full linspace logspace ones rand randint randn randperm scalar_tensor tensor zeros "
+    "BoolTensor FloatTensor HalfTensor IntTensor LongTensor Tensor".split()
 )
 """Functions of torch that make a tensor on the current default device, the CPU, unless told otherwise."""
 
@@ -26,6 +28,8 @@ _PARTS = frozenset(
 """What models call the language model inside them."""
 
 SHOWN_CHARACTERS = 100
+MAX_SOURCE_BYTES = 4 * 2**20
+"""Ten times the largest model file of transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,23 +55,28 @@ def scan_files(paths: Iterable[Path]) -> tuple[SourceRisk, ...]:
     Raises: SourceError for a file that cannot be read or is no Python.
     """
     files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
-    return tuple(risk for file in files for risk in scan_source(read_text(file, "source", SourceError), file.name))
+    return tuple(risk for file in files for risk in scan_source(_source(file), file.name))
 
 
 def scan_source(text: str, file: str) -> tuple[SourceRisk, ...]:
     """The risks in one file's text.
 
-    Raises: SourceError when it is no Python of this version.
+    Raises: SourceError when it is no Python of this version, or nested too deeply to be anyone's.
     """
     try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-        raise SourceError(f"source {file} is not Python: {problem}") from problem
-    found = [
-        SourceRisk(hazard=hazard, file=file, line=call.lineno, call=_quoted(call), reason=reason, fix=fix)
-        for call, context in _calls(tree, _Context())
-        for hazard, reason, fix in _judged(call, context)
-    ]
+        with warnings.catch_warnings():
+            # The parser warns of odd escapes in the file; that is its author's business.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, filename=file)
+        found = [
+            SourceRisk(hazard=hazard, file=file, line=call.lineno, call=_quoted(call), reason=reason, fix=fix)
+            for call, context in _calls(tree, _Context(names=_Names.of(tree)))
+            for hazard, reason, fix in _judged(call, context)
+        ]
+    except (SyntaxError, ValueError) as problem:
+        raise SourceError(f"source {file} is not Python: {problem}. Leave it out, or mend that line.") from problem
+    except (RecursionError, MemoryError) as problem:
+        raise SourceError(f"source {file} is nested too deeply to be read. Leave it out.") from problem
     return tuple(sorted(found, key=lambda risk: risk.line))
 
 
@@ -87,10 +96,48 @@ def source_findings(risks: Iterable[SourceRisk]) -> Iterator[Finding]:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Context:
-    """Where a call stands: in a method of a class, and whether its result is moved at once."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """What a file's names stand for: torch itself, functions of torch, and CUDA devices."""
 
+    torch: frozenset[str]
+    functions: Mapping[str, str]
+    devices: frozenset[str]
+
+    @classmethod
+    def of(cls, tree: ast.Module) -> _Names:
+        """The names that imports and assignments give, wherever in the file they stand."""
+        torch, functions, devices = {"torch"}, {}, set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                torch |= {alias.asname or alias.name for alias in node.names if alias.name == "torch"}
+            elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+                functions |= {alias.asname or alias.name: alias.name for alias in node.names}
+            elif isinstance(node, ast.Assign) and _is_cuda_literal(node.value):
+                devices |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        return cls(torch=frozenset(torch), functions=functions, devices=frozenset(devices))
+
+    def torch_function(self, call: ast.Call) -> str:
+        """The function of torch that a call is of, by whatever name; empty for any other."""
+        match call.func:
+            case ast.Attribute(value=ast.Name(id=module), attr=name) if module in self.torch:
+                return name
+            case ast.Name(id=name):
+                return self.functions.get(name, "")
+        return ""
+
+    def without(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> _Names:
+        """The same inside a function, whose parameters may be any device."""
+        arguments = function.args
+        own = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        return replace(self, devices=self.devices - own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Context:
+    """Where a call stands: in a method of a class, among which names, and whether its result is moved at once."""
+
+    names: _Names
     in_class: bool = False
     function: str = ""
     is_moved: bool = False
@@ -98,16 +145,16 @@ class _Context:
 
 def _calls(node: ast.AST, context: _Context) -> Iterator[tuple[ast.Call, _Context]]:
     if isinstance(node, ast.ClassDef):
-        context = _Context(in_class=True)
+        context = replace(context, in_class=True, function="")
     elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        context = _Context(context.in_class, node.name)
+        context = replace(context, function=node.name, names=context.names.without(node))
     if isinstance(node, ast.Call):
         yield node, context
         moved = isinstance(node.func, ast.Attribute) and node.func.attr in _MOVES
-        inner = _Context(context.in_class, context.function, moved)
-        yield from _calls(node.func, inner)
+        yield from _calls(node.func, replace(context, is_moved=True) if moved else context)
+        context = replace(context, is_moved=False) if context.is_moved else context
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-            yield from _calls(argument, _Context(context.in_class, context.function))
+            yield from _calls(argument, context)
         return
     for child in ast.iter_child_nodes(node):
         yield from _calls(child, context)
@@ -115,20 +162,21 @@ def _calls(node: ast.AST, context: _Context) -> Iterator[tuple[ast.Call, _Contex
 
 def _judged(call: ast.Call, context: _Context) -> Iterator[tuple[Hazard, str, str]]:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-    if name == "cuda" and not _is_module_function(call, "torch"):
+    torch_function = context.names.torch_function(call)
+    if name == "cuda" and not torch_function:
         yield (
             "hardcuda",
             ".cuda() moves to the current GPU, whatever the map says",
             "Drop it for modules and inputs, which hooks move; for a tensor write .to(other.device).",
         )
-    if _names_cuda(call, name):
+    if _names_cuda(call, name, context.names):
         yield (
             "hardcuda",
             "a device is written out",
             "Take it from what the tensor meets: device=x.device.",
         )
     forward_like = context.in_class and context.function not in _SETUP
-    if forward_like and not context.is_moved and _makes_on_default_device(call, name):
+    if forward_like and not context.is_moved and _makes_on_default_device(call, torch_function):
         yield (
             "hardcuda",
             "a tensor is made without a device, so on the CPU",
@@ -142,20 +190,34 @@ def _judged(call: ast.Call, context: _Context) -> Iterator[tuple[Hazard, str, st
         )
 
 
-def _is_module_function(call: ast.Call, module: str) -> bool:
-    return (
-        isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id == module
+def _source(path: Path) -> str:
+    text = read_text(path, "source", SourceError)
+    if len(text) > MAX_SOURCE_BYTES:
+        raise SourceError(
+            f"source {path} has {len(text)} characters: at most {MAX_SOURCE_BYTES} are read. Leave it out."
+        )
+    return text
+
+
+def _names_cuda(call: ast.Call, name: str, names: _Names) -> bool:
+    """`x.to("cuda")`, `x.to(0)`, `zeros(3, device="cuda:0")`, or a name for such a device.
+
+    Not a comparison, nor a plain `torch.device("cuda")` in a default.
+    """
+    written = [keyword.value for keyword in call.keywords if keyword.arg == "device"]
+    written += call.args[:1] if name == "to" else []
+    return any(
+        _is_index(v) or _is_cuda_literal(v) or isinstance(v, ast.Name) and v.id in names.devices for v in written
     )
 
 
-def _names_cuda(call: ast.Call, name: str) -> bool:
-    """`x.to("cuda")`, `zeros(3, device="cuda:0")`; not a comparison or a plain `torch.device("cuda")` in a default."""
-    written = [keyword.value for keyword in call.keywords if keyword.arg == "device"]
-    written += call.args[:1] if name == "to" else []
-    return any(_is_cuda_literal(value) for value in written)
+def _is_index(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) is int
 
 
 def _is_cuda_literal(node: ast.expr) -> bool:
+    if isinstance(node, ast.IfExp):
+        return _is_cuda_literal(node.body) or _is_cuda_literal(node.orelse)
     if isinstance(node, ast.Constant):
         return isinstance(node.value, str) and node.value.partition(":")[0] == "cuda"
     if isinstance(node, ast.JoinedStr) and node.values:
@@ -170,7 +232,7 @@ def _starts_with_cuda(node: ast.expr) -> bool:
 
 
 def _makes_on_default_device(call: ast.Call, name: str) -> bool:
-    if name not in _FACTORIES or not _is_module_function(call, "torch"):
+    if name not in _FACTORIES:
         return False
     if any(keyword.arg in ("device", None) for keyword in call.keywords):
         return False
@@ -181,6 +243,8 @@ def _makes_on_default_device(call: ast.Call, name: str) -> bool:
 def _is_number(node: ast.expr) -> bool:
     if isinstance(node, ast.UnaryOp):
         return _is_number(node.operand)
+    if isinstance(node, ast.BinOp):
+        return _is_number(node.left) and _is_number(node.right)
     if isinstance(node, ast.Call):
         return ast.unparse(node.func) in ("float", "int", "len")
     return isinstance(node, ast.Constant) and not isinstance(node.value, str)

@@ -57,7 +57,7 @@ def _finding(finding: Finding) -> Iterator[RenderableType]:
     if len(shown) > MAX_EVIDENCE:
         lines.append(Text(f"and {len(shown) - MAX_EVIDENCE} more", style="dim"))
     lines.append(Text.assemble(("fix: ", "bold"), finding.fix))
-    yield from (Padding(line, (0, 0, 0, INDENT)) for line in lines)
+    yield from map(_indented, lines)
 
 
 def _repair(repair: Repair, diff: str) -> Iterator[RenderableType]:
@@ -65,10 +65,15 @@ def _repair(repair: Repair, diff: str) -> Iterator[RenderableType]:
     yield Text.assemble(("Smallest repair", "bold"), f": {repair_summary(repair)} (", proof, ")")
     lines = diff.splitlines()[2:]
     for line in lines[:MAX_DIFF_LINES]:
-        yield Padding(Text(line, style=_DIFF_STYLES.get(line[:1], "")), (0, 0, 0, INDENT))
+        yield _indented(Text(line, style=_DIFF_STYLES.get(line[:1], "")))
     if len(lines) > MAX_DIFF_LINES:
         rest = f"and {len(lines) - MAX_DIFF_LINES} lines more: --fix -o FILE writes the whole map"
-        yield Padding(Text(rest, style="dim"), (0, 0, 0, INDENT))
+        yield _indented(Text(rest, style="dim"))
+
+
+def _indented(line: Text) -> Padding:
+    """Moved in, and not filled up with blanks that a pipe would keep."""
+    return Padding(line, (0, 0, 0, INDENT), expand=False)
 
 
 def repair_summary(repair: Repair) -> str:

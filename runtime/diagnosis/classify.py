@@ -80,7 +80,7 @@ def hazard_of(mismatch: Mismatch, roles: Roles) -> Hazard:
     named = [name for name in mismatch.tensors if name]
     if MADE_BY_LITERAL in mismatch.modules:
         return "hardcuda"
-    if any(_POSITIONS.search(name) for name in named):
+    if any(_POSITIONS.search(name) for name in named) or _reads_host_table(mismatch):
         return "rope"
     if mismatch.kind == "host":
         return "hardcuda"
@@ -141,6 +141,11 @@ def _operands(mismatch: Mismatch) -> str:
         f"{argument} of {tensor or module} on {shown_device(device)}" for argument, tensor, module, device in names
     )
     return f"{mismatch.phase}, in {mismatch.within or ROOT}: {met}"
+
+
+def _reads_host_table(mismatch: Mismatch) -> bool:
+    """Whether a module of positions met what came from the host: its own table, of which a copy bears no name."""
+    return "the host" in mismatch.modules and bool(_POSITIONS.search(mismatch.within.rpartition(".")[2]))
 
 
 def _by_makers(mismatch: Mismatch, roles: Roles) -> Hazard:

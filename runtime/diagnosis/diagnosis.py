@@ -109,7 +109,8 @@ def _compared(
 ) -> tuple[MapCosts | None, MapCosts | None, tuple[str, ...]]:
     """What the map costs, what a plan of ours would, and why there is none where there is none."""
     failed = tuple(dict.fromkeys(name for m in case.forward.mismatches for name in involved(m)))
-    given = costs_of("this map", case.costed, machine, positions, failed) if case.forward.stop is None else None
+    is_run = case.forward.stop is None and case.given.gpus
+    given = costs_of("this map", case.costed, machine, positions, failed) if is_run else None
     try:
         plan = plan_model(case.model, case.inputs, machine=machine, workload=workload, steps=case.steps)
     except (InfeasibleError, UnsupportedModelError, ConstraintError, *STOPS) as problem:

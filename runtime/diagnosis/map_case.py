@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from planner.diagnosis.coverage import ModelNames, stale_entries, uncovered
+from planner.diagnosis.coverage import ModelNames, stale_entries, stranded, uncovered
 from planner.diagnosis.diagnosis import Place, Repair
 from planner.diagnosis.map_file import GivenMap
 from planner.diagnosis.map_hazards import main_device
@@ -24,6 +24,7 @@ from runtime.diagnosis.cuda_literals import CudaLiterals
 from runtime.diagnosis.map_costs import CostedRun
 from runtime.diagnosis.map_run import STOPS, MapRun, Setting, run_map
 from runtime.diagnosis.repair import completed, repair
+from runtime.mismatch import Mismatch
 from runtime.mismatch import Place as CodePlace
 from runtime.steps import Steps, generation
 from runtime.trace import Trace, trace_model
@@ -149,13 +150,21 @@ class MapCase:
         self, placement: Mapping[str, Place], steps: Steps, home: int | None = None, inputs_at: int | None = None
     ) -> MapRun:
         """The run of a map, with another main device or the caller's inputs elsewhere if asked."""
-        setting = self._setting(placement, self.home if home is None else home)
-        return run_map(self.model, self.inputs, replace(setting, inputs_at=inputs_at), steps)
+        setting = replace(
+            self._setting(placement, self.home if home is None else home),
+            inputs_at=inputs_at,
+            skips_between=self._can_generate and steps is self.steps,
+        )
+        return run_map(self.model, self.inputs, setting, steps)
 
     def _setting(self, placement: Mapping[str, Place], home: int) -> Setting:
-        """Offloaded modules compute where inputs are; tables without an entry stay on the host, as loaded."""
+        """Offloaded modules compute where inputs are; tables without an entry stay on the host, as loaded.
+
+        A GPU of their own stands in for the host of tensors that stay there, as the host holds none without values.
+        """
         on_host = frozenset(name for name in self.names.non_persistent if owner(name, placement) is None)
         indices = {name: place if isinstance(place, int) else home for name, place in placement.items()}
+        indices |= dict.fromkeys(stranded(placement, self.names), max(*indices.values(), home) + 1)
         known = {name: index for name, index in indices.items() if self._is_known(name)}
         return Setting(placement=known, home=home, on_host=on_host)
 
@@ -177,11 +186,23 @@ class MapCase:
         return [run for run in (self.forward, self.generated) if run is not None]
 
     @property
+    def mismatches(self) -> list[Mismatch]:
+        """Each once, but for those of weights that are not on any GPU when they are read."""
+        seen = {str(mismatch): mismatch for run in self.executed for mismatch in run.mismatches}
+        return [mismatch for mismatch in seen.values() if not self._stranded.intersection(mismatch.tensors)]
+
+    @property
     def absent_reads(self) -> dict[str, CodePlace]:
-        """Weights kept on the host that are read while their module does not run: they are not there then."""
+        """Weights kept on the host that are read while no hook has brought them to a GPU."""
         reads = {name: place for run in self.executed for name, place in run.raw_reads.items()}
-        places, offloaded = self.given.placement, self.given.offloaded
-        return {name: place for name, place in reads.items() if owner(name, places) in offloaded}
+        places, fetched = self.given.placement, self.given.fetched
+        absent = {name: place for name, place in reads.items() if owner(name, places) in fetched}
+        met = [mismatch for run in self.executed for mismatch in run.mismatches]
+        return absent | {name: one.place for one in met for name in one.tensors if name in self._stranded}
+
+    @cached_property
+    def _stranded(self) -> frozenset[str]:
+        return frozenset(stranded(self.given.placement, self.names))
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,6 @@ from planner.machine import Device, Machine
 from planner.memory import LABELS, WORKSPACE_BYTES, MemoryBreakdown
 from planner.paths import collapse, contains, owner
 from planner.units import KIB, format_bytes
-from runtime.diagnosis.classify import shown_device
 from runtime.diagnosis.map_run import MapRun, Usage
 
 MUCH = 1.25
@@ -60,7 +59,7 @@ def costs_of(title: str, costed: CostedRun, machine: Machine, positions: int, fa
         title=title,
         loads=tuple(loads),
         blocks=tuple(_blocks(costed, failed)),
-        crossings=tuple(_crossings(costed.run)),
+        crossings=tuple(_crossings(costed.run, machine)),
         kv_positions=_kv_positions(costed.run, machine, peaks, positions),
     )
 
@@ -175,16 +174,17 @@ def _busy_s(usage: Usage | None, device: Device, phase: Phase, known: bool) -> f
     return usage.flops.get(phase, 0) / (device.flops_per_s if known and device.flops_per_s else 1)
 
 
-def _crossings(run: MapRun) -> Iterator[Crossing]:
-    """Copies of one prompt, and of one token."""
+def _crossings(run: MapRun, machine: Machine) -> Iterator[Crossing]:
+    """Copies of one prompt, and of one token, between GPUs of the machine."""
     num_tokens = max(1, run.num_steps - 1)
+    gpus = {f"vgpu:{device.index}": device.name for device in machine.devices}
     for transfer in run.transfers:
-        if "cpu" in (transfer.source, transfer.target) or transfer.source == transfer.target:
+        if not {transfer.source, transfer.target} <= gpus.keys() or transfer.source == transfer.target:
             continue
         passes = num_tokens if transfer.phase == "decode" else 1
         yield Crossing(
-            source=shown_device(transfer.source),
-            target=shown_device(transfer.target),
+            source=gpus[transfer.source],
+            target=gpus[transfer.target],
             phase=transfer.phase,
             num_bytes=transfer.num_bytes // passes,
             num_copies=transfer.count / passes,

@@ -90,12 +90,15 @@ class Setting:
     """How a map is run: the GPU of every entry, the main one, and tensors left on the CPU.
 
     `inputs_at` is where the caller puts inputs, None for the main GPU; accelerate brings them there in any case.
+    `skips_between` leaves out what meets between forwards: decode steps prepare their inputs much as `generate()` does,
+    and where that is run as well, it says more truly what it does.
     """
 
     placement: Mapping[str, int]
     home: int
     on_host: frozenset[str] = frozenset()
     inputs_at: int | None = None
+    skips_between: bool = False
 
 
 def run_map(model: nn.Module, inputs: Mapping[str, Any], setting: Setting, steps: Steps) -> MapRun:
@@ -110,7 +113,7 @@ def run_map(model: nn.Module, inputs: Mapping[str, Any], setting: Setting, steps
         return gpus.devices[setting.placement[entry]]
 
     twin = make_twin(model, device_of)
-    watch = MapWatch(twin, gpus.ledger)
+    watch = MapWatch(twin, gpus.ledger, skips_between=setting.skips_between)
     _dispatch(twin, setting)
     watch.note_weights()
     start = gpus.devices[setting.home if setting.inputs_at is None else setting.inputs_at]
@@ -180,8 +183,9 @@ class _Tally:
 class MapWatch(ProofWatch):
     """Notes besides who meets whom: what every device held and did, and parameters read past their modules."""
 
-    def __init__(self, twin: nn.Module, ledger: MemoryLedger) -> None:
+    def __init__(self, twin: nn.Module, ledger: MemoryLedger, *, skips_between: bool) -> None:
         super().__init__(twin)
+        self._skips_between = skips_between
         self.raw_reads: dict[str, Place] = {}
         self._ledger = ledger
         self._tallies: dict[Phase, _Tally] = {}
@@ -230,6 +234,8 @@ class MapWatch(ProofWatch):
 
     def mismatched(self, problem: DeviceMismatchError, tensors: Sequence[torch.Tensor]) -> None:
         """An operation with operands from several devices, and the module whose code it stands in."""
+        if self._skips_between and len(self._running) == 1:
+            return
         self.mismatches.append(
             Mismatch(
                 op=problem.op_name,

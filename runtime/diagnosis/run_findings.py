@@ -25,8 +25,7 @@ def run_findings(case: MapCase) -> Iterator[Finding]:
     Raises: UnsupportedModelError when the model does not even run whole.
     """
     runs = case.executed
-    seen = {str(mismatch): mismatch for run in runs for mismatch in run.mismatches}
-    yield from mismatch_findings(seen.values(), case.roles)
+    yield from mismatch_findings(case.mismatches, case.roles)
     for run in runs:
         yield from _stop_findings(run, case)
     yield from _literal_findings({place: None for run in runs for place in run.literals})
@@ -71,9 +70,9 @@ def _offload_reads(case: MapCase) -> Iterator[Finding]:
         yield Finding(
             severity="will fail",
             hazard="offload",
-            title=f"{name} is kept on the host and read while its module does not run",
-            evidence=("accelerate brings a weight for the time its module's forward runs; here it is still empty",),
-            fix=f"Put {name.rpartition('.')[0]} on a GPU.",
+            title=f"{name} is kept on {case.given.place(name)} and read while it is on no GPU",
+            evidence=("accelerate brings a weight with the module that holds it, for the time that module runs",),
+            fix=f"Put {name if name in case.given.placement else name.rpartition('.')[0]} on a GPU.",
             place=str(place),
             modules=(name,),
         )
@@ -97,6 +96,8 @@ def _other_homes(case: MapCase) -> Iterator[Finding]:
 
 def _inputs_on_model_device(case: MapCase) -> Iterator[Finding]:
     """What `inputs.to(model.device)` does where the first parameter is not beside the inputs: it is run."""
+    if not case.given.gpus:
+        return
     first = next(iter(case.names.parameters), None)
     entry = owner(first, case.given.placement) if first is not None else None
     device = case.given.placement[entry] if entry is not None else case.home

@@ -247,7 +247,7 @@ def test_images_for_a_language_model_are_refused() -> None:
 
 
 UNREADABLE = {
-    "an unknown name": (("internlm-xcomposer-vl-7b", "--gpus", "24GiB"), "Did you mean internlm-xcomposer2-vl-7b"),
+    "an unknown name": (("internlm-xcomposer2-v1-7b", "--gpus", "24GiB"), "Did you mean internlm-xcomposer2-vl-7b"),
     "a name like no other": (("zzzz", "--gpus", "24GiB"), "See `plan-devices models` for all names."),
     "another organisation": (
         (f"meta/{MODEL}", "--gpus", "24GiB"),

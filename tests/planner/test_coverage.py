@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from planner.diagnosis.coverage import ModelNames, coverage_findings, renames, stale_entries, uncovered
+from planner.diagnosis.coverage import ModelNames, coverage_findings, renames, stale_entries, stranded, uncovered
 from planner.diagnosis.diagnosis import Crossing
 from planner.diagnosis.map_file import GivenMap, given_map
 from planner.diagnosis.map_hazards import (
     has_stable_order,
     launcher_findings,
     main_device,
+    offload_findings,
     order_findings,
     peer_findings,
 )
@@ -92,8 +93,38 @@ def test_the_main_device_of_an_offloaded_map_is_its_gpu() -> None:
 
 
 @pytest.mark.parametrize(
+    ("placement", "left"),
+    [
+        ({"model.table": "cpu", "model.layers": 0, "scale": 0}, ("model.table",)),
+        ({"model.table": "disk", "model": 1, "scale": 0}, ()),
+        ({"model.table": "cpu", "model.layers": 0, "scale": "cpu"}, ("model.table",)),
+        ({"model.table": "cpu", "model.layers": "cpu", "scale": "cpu"}, ()),
+    ],
+    ids=["no hook around", "a hook around", "the root's own", "no GPU"],
+)
+def test_a_bare_tensor_off_the_gpus_is_stranded_where_no_hook_holds_it(
+    placement: dict[str, int | str], left: tuple[str, ...]
+) -> None:
+    names = names_with("model.table", "model.layers.weight", "scale")
+    assert stranded(placement, names) == left
+
+
+def test_a_map_without_a_gpu_is_told_so_and_copies_nothing() -> None:
+    (finding,) = offload_findings(given_map({"": "cpu"}), 1024)
+    assert finding.title == "no GPU is used: everything stays on cpu"
+    (finding,) = offload_findings(given_map({"a": 0, "b": "cpu"}), 1024)
+    assert finding.title == "1.0 KiB of weights stay on cpu"
+
+
+@pytest.mark.parametrize(
     ("environment", "warned"),
-    [({}, False), ({"WORLD_SIZE": "1"}, False), ({"WORLD_SIZE": "x"}, False), ({"WORLD_SIZE": "8", "RANK": "2"}, True)],
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "\u00b2"}, False),
+        ({"WORLD_SIZE": "x"}, False),
+        ({"WORLD_SIZE": "8", "RANK": "2"}, True),
+    ],
 )
 def test_only_several_processes_make_a_spanning_map_fail(environment: dict[str, str], warned: bool) -> None:
     assert bool(list(launcher_findings(two_gpus(), environment))) is warned

@@ -21,7 +21,10 @@ ALLOWED_PLACES = {
         *("runtime/traced_graph.py", "runtime/diagnosis/repair.py"),
     },
     "yaml": {"planner/textfile.py"},
-    "rich": {"planner/report.py", "planner/pages/terminal.py", "planner/cli", "runtime/progress.py"},
+    "rich": {
+        *("planner/report.py", "planner/pages/terminal.py", "planner/pages/explanation.py"),
+        *("planner/cli", "runtime/progress.py"),
+    },
     "pynvml": {"runtime/probe.py"},
     "ortools": {"planner/solve/cp_sat.py"},
 }
@@ -29,7 +32,7 @@ ALLOWED_PLACES = {
 
 TORCH_FREE_VLM = (
     *("vlm", "vlm.model", "vlm.planning", "vlm.checkpoint", "vlm.catalogue", "vlm.internlm_xcomposer2"),
-    *("vlm.internlm_xcomposer2.facts", "vlm.internlm_xcomposer2.graph"),
+    *("vlm.internlm_xcomposer2.facts", "vlm.internlm_xcomposer2.graph", "vlm.explaining"),
 )
 
 

@@ -63,7 +63,7 @@ def test_a_map_written_the_wrong_way_round_is_told_so() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "holds NoneType"),
+        ("", "is empty. Write module: device, such as model.visual: 0"),
         ("[]", "holds list"),
         ("just text", "holds str"),
         ("{}", "has no entries"),
@@ -72,12 +72,44 @@ def test_a_map_written_the_wrong_way_round_is_told_so() -> None:
         ("a: &x 0\nb: *x\n", "alias"),
         ("a: !!python/object:os.system 0\n", "tag"),
         ('{"a": ' * 3000 + "0" + "}" * 3000, "nested deeper|recursion|not valid"),
-        ("{a: 0", "not valid YAML"),
+        ("{a: 0", "neither JSON nor YAML"),
+        ('{"model": 0,', "neither JSON nor YAML: Expecting property name"),
+        ('{"device_map": {}}', "device_map, has no entries"),
+        ('{"device_map": "auto"}', "device_map, is 'auto': a map says a device for each module"),
+        ('{"model": {"visual": 0}}', "A map is flat: write model.visual: DEVICE"),
+        ('{"0": "model"}', "It looks reversed: write 'model': 0"),
+        ('{"\\u001b[31mred": 0}', r"key '\\x1b\[31mred': no module's name holds control characters"),
+        ('{"a": "cuda:\u0661"}', "A device is a GPU's index"),
+        ('{"a": NaN}', "says 'a': nan. A device is"),
     ],
 )
 def test_a_file_that_is_no_map_is_refused_with_the_reason(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(SourceError, match=reason):
         read_map_file(written(tmp_path, text))
+
+
+def test_a_line_is_named_without_the_parsers_own_words(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"'a' is given twice at line 2, column 1$"):
+        read_map_file(written(tmp_path, "a: 0\na: 1\n"))
+
+
+def test_a_module_may_be_called_device_map(tmp_path: Path) -> None:
+    assert read_map_file(written(tmp_path, {"device_map": 1})).placement == {"device_map": 1}
+
+
+def test_the_root_is_shown_by_its_quotes() -> None:
+    with pytest.raises(PlanMismatchError, match="says '': 9; this machine"):
+        refuse_unknown_devices(given_map({"": "cuda:9"}), Machine.parse("2x24GiB"))
+
+
+def test_the_finest_entry_says_where_a_module_is() -> None:
+    given = given_map({"model": 0, "model.layers.1": "cpu"})
+    assert [given.place(name) for name in ("model.layers.1.mlp", "model.layers.10", "head")] == ["cpu", 0, None]
+
+
+def test_weights_are_fetched_for_their_modules_time_only_where_something_else_computes() -> None:
+    assert set(given_map({"a": 0, "b": "cpu", "c": "disk"}).fetched) == {"b", "c"}
+    assert set(given_map({"b": "cpu", "c": "disk"}).fetched) == {"c"}
 
 
 def test_a_huge_file_an_endless_one_and_none_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from planner import SourceError
-from planner.diagnosis.source_risks import scan_files, scan_source, source_findings
+from planner.diagnosis.source_risks import MAX_SOURCE_BYTES, scan_files, scan_source, source_findings
 
 RISKY = """
 import torch
@@ -56,6 +56,27 @@ def build(model, **options):
 """
 
 
+RENAMED = """
+import torch as t
+from torch import arange as count, zeros
+DEVICE = "cuda" if t.cuda.is_available() else "cpu"
+
+class Model:
+    def forward(self, x):
+        made = zeros(3), count(4), t.ones(5), t.LongTensor([1])
+        return x.to(DEVICE), x.to(0), made
+
+    def moved(self, x, DEVICE):
+        return x.to(DEVICE), zeros(3).to(x.device), t.tensor(-0.5 * 3), self.zeros(3)
+"""
+
+
+def test_names_that_stand_for_torch_its_functions_and_devices_are_followed() -> None:
+    found = [(risk.line, risk.call) for risk in scan_source(RENAMED, "model.py")]
+    made = ["zeros(3)", "count(4)", "t.ones(5)", "t.LongTensor([1])"]
+    assert found == [*((8, call) for call in made), (9, "x.to(DEVICE)"), (9, "x.to(0)")]
+
+
 def test_every_risky_line_is_quoted_with_its_number() -> None:
     found = {(risk.line, risk.hazard, risk.call) for risk in scan_source(RISKY, "model.py")}
     assert found == {
@@ -93,6 +114,22 @@ def test_files_and_folders_are_read_and_never_run(tmp_path: Path) -> None:
 def test_what_is_no_python_is_refused(text: str) -> None:
     with pytest.raises(SourceError, match="source model.py is not Python"):
         scan_source(text, "model.py")
+
+
+@pytest.mark.parametrize("text", ["x = " + "-" * 100_000 + "1", "x = a" + ".b()" * 1500 + ".cuda()"])
+def test_what_is_nested_too_deeply_is_refused(text: str) -> None:
+    with pytest.raises(SourceError, match="source model.py is nested too deeply"):
+        scan_source(text, "model.py")
+
+
+def test_a_file_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "modeling.py").write_text("#" * (MAX_SOURCE_BYTES + 1))
+    with pytest.raises(SourceError, match=f"has {MAX_SOURCE_BYTES + 1} characters: at most {MAX_SOURCE_BYTES}"):
+        scan_files([tmp_path])
+
+
+def test_odd_escapes_in_the_file_raise_no_warning() -> None:
+    assert scan_source(r"pattern = '\d'; x.cuda()", "model.py")[0].call == "x.cuda()"
 
 
 def test_long_calls_are_cut() -> None:

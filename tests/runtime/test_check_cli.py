@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,33 @@ def test_a_missing_map_and_a_fix_without_a_file_are_refused(
     assert "name it with -o FILE" in capsys.readouterr().err
     assert check(tiny_xcomposer2, bad_map, *GPUS, "--fix", "-o", bad_map) == 2
     assert "exists: choose another file" in capsys.readouterr().err
+
+
+def test_files_that_would_not_be_written_or_overwrite_each_other_are_refused(
+    tiny_xcomposer2: Path, bad_map: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert check(tiny_xcomposer2, bad_map, *GPUS, "-o", page) == 2
+    assert "add --fix" in capsys.readouterr().err
+    assert check(tiny_xcomposer2, bad_map, *GPUS, "--fix", "-o", page, "--report", page) == 2
+    assert "one would overwrite the other" in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_code_of_the_folder_that_cannot_be_read_is_noted_and_the_users_is_refused(
+    tiny_xcomposer2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, script, good = tmp_path / "folder", tmp_path / "chat.py", tmp_path / "good.json"
+    shutil.copytree(tiny_xcomposer2, folder)
+    good.write_text(json.dumps(GOOD))
+    for path in (folder / "modeling.py", script):
+        path.write_text("def f(:\n")
+    assert check(folder, good, *GPUS, "--fix", "-o", tmp_path / "fixed.json") == 0
+    captured = capsys.readouterr()
+    assert "The folder's own code was not looked through: source modeling.py is not Python" in captured.out
+    assert "Nothing to repair: the map as given written to" in captured.err
+    assert check(folder, good, *GPUS, "--source", script) == 3
+    assert "source chat.py is not Python: invalid syntax (chat.py, line 1)" in capsys.readouterr().err
 
 
 def test_a_launchers_variables_are_read_from_the_environment(tiny_xcomposer2: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,10 @@ from planner import Machine, MachineError, Plan, PlanMismatchError, SourceError,
 from planner.memory import MemoryBreakdown
 from runtime import inspect_placement, load_sharded, place_inputs
 from runtime.planning import plan_model
+from tests.hub_server import hub_server
+from vlm.hub import Hub
 from vlm.inputs import example_inputs
+from vlm.model import find_model
 from vlm.tiny import tiny_model
 
 SUBSET = (
@@ -262,3 +266,31 @@ def test_a_device_that_fills_up_halfway_frees_every_device(llava: Any, llava_fol
 def plan_without_memory(plan: Plan) -> Plan:
     """A plan that counts on no memory at all, so that only the device itself can object."""
     return replace(plan, memory=dict.fromkeys(plan.memory, MemoryBreakdown()))
+
+
+# -- from the hub
+
+
+def test_a_hub_id_is_downloaded_loaded_and_then_loads_offline(llava: Any, llava_folder: Path, tmp_path: Path) -> None:
+    whole, inputs, plan = llava
+    with hub_server() as server:
+        server.repos["somebody/tiny-llava"] = llava_folder
+        hub = Hub(endpoint=server.url, cache=tmp_path)
+        planned_only = find_model("somebody/tiny-llava", fetch=hub.checkpoint)
+        assert planned_only.origin == "hub"
+        for source in (planned_only, "somebody/tiny-llava"):
+            split = load_sharded(source, plan, devices="virtual", hub=hub)
+            with torch.no_grad():
+                assert torch.equal(split(**place_inputs(split, inputs)).logits.cpu(), whole(**inputs).logits)
+            del split
+            gc.collect()
+    model = load_sharded("somebody/tiny-llava", plan, devices="cpu", hub=replace(hub, offline=True))
+    assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_a_folder_wins_over_the_hub(llava: Any, llava_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "somebody" / "tiny-llava").symlink_to(llava_folder)
+    with hub_server() as server, contextlib.chdir(tmp_path):
+        load_sharded("somebody/tiny-llava", llava[2], devices="cpu", hub=Hub(endpoint=server.url, cache=tmp_path))
+        assert server.requests == []

@@ -16,7 +16,7 @@ from planner.polynomial import Quantities
 from planner.problem import Objective
 from runtime import dry_run, inspect_placement, module_graph, plan_model, shard
 from runtime.atoms import find_atoms, tensors_of
-from runtime.inspection import guard_first_forward
+from runtime.first_forward import watch_first_forward
 from runtime.steps import forward_and_decode
 from runtime.trace import MAX_LABELS, Trace, _first_groups, trace_model
 from runtime.traced_graph import sample_of
@@ -329,7 +329,7 @@ def test_a_bare_tensors_place_is_inspected_too() -> None:
 
 def test_a_norm_without_weights_is_watched_over_without_fault() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))
-    guard_first_forward(model)
+    watch_first_forward(model)
     assert model(torch.zeros(1, 4)).shape == (1, 4)
 
 

@@ -160,6 +160,13 @@ def test_too_little_text_names_what_images_need():
         example_inputs(tiny_model("qwen2_vl")[1], num_images=2, text_tokens=4, image_size=56)
 
 
+def test_more_pixels_than_a_host_holds_are_refused_before_they_are_made():
+    with pytest.raises(
+        UnsupportedModelError, match=r"pixels of 10000000 images would take .* at most 8.00 GiB are made"
+    ):
+        example_inputs(tiny_model("llava")[0], batch_size=10**7)
+
+
 def test_several_images_need_a_prompt_that_tells_them_apart():
     with pytest.raises(UnsupportedModelError, match="blip takes one image per sample, not 2"):
         example_inputs(tiny_model("blip")[1], num_images=2)

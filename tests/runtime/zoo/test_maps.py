@@ -21,9 +21,14 @@ D = 8
 
 
 class Layered(nn.Module):
-    """An embedding, layers and a head, tied if asked; the last layer's weight may be read without calling it."""
+    """An embedding, layers and a head, tied if asked.
 
-    def __init__(self, *, tied: bool = False, reads_past: bool = False, prefix: str = "model") -> None:
+    The last layer's weight may be read without calling it, and so may the bare tensor beside the layers.
+    """
+
+    def __init__(
+        self, *, tied: bool = False, reads_past: bool = False, reads_bare: bool = False, prefix: str = "model"
+    ) -> None:
         super().__init__()
         inner = nn.Module()
         inner.embedding = nn.Embedding(16, D)
@@ -35,11 +40,13 @@ class Layered(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         if tied:
             self.head.weight = inner.embedding.weight
-        self._prefix, self._reads_past = prefix, reads_past
+        self._prefix, self._reads_past, self._reads_bare = prefix, reads_past, reads_bare
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inner = self.get_submodule(self._prefix)
         hidden = inner.embedding(input_ids)
+        if self._reads_bare:
+            hidden = hidden + inner.newline
         for layer in inner.layers[:-1]:
             hidden = layer(hidden)
         last = inner.layers[-1]
@@ -137,11 +144,31 @@ def test_an_offloaded_weight_that_is_read_past_its_module_fails_and_one_that_is_
     assert fine.safe
     assert found(fine, "of weights stay on cpu").severity == "wasteful"
     broken = diagnosed(Layered(reads_past=True), offloaded)
-    finding = found(broken, "model.layers.11.weight is kept on the host")
+    finding = found(broken, "model.layers.11.weight is kept on cpu")
     assert (finding.severity, finding.hazard) == ("will fail", "offload")
     assert "F.linear(hidden, last.weight" in finding.place
     assert broken.repair is not None and broken.repair.proven
     assert diagnosed(Layered(reads_past=True), broken.repair.device_map).verdict == "clean"
+
+
+def test_a_bare_tensor_off_the_gpus_is_never_brought_to_one() -> None:
+    entries = whole_map(**{"model.newline": "cpu"})
+    broken = diagnosed(Layered(reads_bare=True), entries)
+    finding = found(broken, "model.newline is kept on cpu and read while it is on no GPU")
+    assert (finding.severity, finding.hazard, finding.fix) == ("will fail", "offload", "Put model.newline on a GPU.")
+    assert "hidden + inner.newline" in finding.place
+    assert broken.repair is not None and broken.repair.proven
+    assert broken.repair.device_map["model.newline"] == 0
+    assert diagnosed(Layered(), entries).safe
+
+
+def test_a_map_without_a_gpu_runs_on_the_host_and_is_only_a_waste() -> None:
+    diagnosis = diagnosed(Layered(reads_past=True), {"": "cpu"}, machine=Machine.parse("2x2GiB"))
+    assert [finding.title for finding in diagnosis.findings] == ["no GPU is used: everything stays on cpu"]
+    assert diagnosis.given is None and diagnosis.ours is not None
+    assert (
+        found(diagnosed(Layered(reads_past=True), {"": "disk"}), "layers.11.weight is kept on disk").hazard == "offload"
+    )
 
 
 def test_text_devices_make_the_main_device_a_matter_of_the_process() -> None:

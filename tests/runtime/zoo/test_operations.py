@@ -100,6 +100,29 @@ class AddsPositions(TinyVlm):
         return super().merged(input_ids, hidden, features) * self.rotary_emb.inv_freq
 
 
+class PositionTable(nn.Module):
+    """A table in no checkpoint, brought to the hidden states' device and multiplied with positions from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", torch.ones(D), persistent=False)
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return positions[..., None].float() * self.inv_freq.to(hidden.device)
+
+
+class CopiesPositions(TinyVlm):
+    """A module of positions that, without an entry, has no hook to bring its inputs together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary_emb = PositionTable()
+
+    def forward(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
+        hidden = self.layers[3](self.embedding(input_ids))
+        return self.head(self.norm(hidden)) + self.rotary_emb(hidden, input_ids).to("cpu").sum().item()
+
+
 class AddsDeepFeatures(TinyVlm):
     """Features of the vision encoder are added to the hidden states between layers."""
 
@@ -252,6 +275,9 @@ CASES = {
     ),
     "position buffer elsewhere": Case(AddsPositions, {"rotary_emb": 1}, "mul", "rope", "* self.rotary_emb.inv_freq"),
     "position buffer without an entry": Case(AddsPositions, {}, "mul", "rope", "* self.rotary_emb.inv_freq"),
+    "position table copied from the host": Case(
+        CopiesPositions, {}, "mul", "rope", "positions[..., None].float() * self.inv_freq.to"
+    ),
     "deep features": Case(
         AddsDeepFeatures, {"vision": 1, "projector": 1}, "add", "crosslayer", "hidden + features.mean(0)"
     ),
