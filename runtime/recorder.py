@@ -21,6 +21,8 @@ from runtime.virtual import DeviceMismatchError, MemoryLedger
 
 INPUTS_LABEL = 0
 """Device of the caller's tensors, and so of everything that meets them."""
+MOVED = "moved by the model"
+"""What a tensor is called that a model's own code copies, and no module gets as an argument."""
 
 
 @dataclass(slots=True)
@@ -152,7 +154,7 @@ class Recorder:
         if source.device.index is None or copy.device.index is None:
             return
         sent = Sent(
-            tensor=self.arriving or "moved by the model",
+            tensor=self.arriving or MOVED,
             source=source.device.index,
             target=copy.device.index,
             phase=self.phase,

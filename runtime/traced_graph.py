@@ -14,7 +14,7 @@ from planner.fit import Sample, SampledInterval
 from planner.graph import INPUTS, Flow, Fusion, Home, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role
 from planner.polynomial import Quantities, constant, variable
 from runtime.atoms import tensors_of
-from runtime.recorder import INPUTS_LABEL, Sent, Work
+from runtime.recorder import INPUTS_LABEL, MOVED, Sent, Work
 from runtime.recorder import Interval as RecordedInterval
 from runtime.trace import Trace
 
@@ -180,17 +180,22 @@ def _label_of_module(trace: Trace, model: nn.Module, getter: str) -> int | None:
 
 
 def _vision_labels(trace: Trace, embedding: int | None) -> frozenset[int]:
-    """Groups that pixels flow through before they meet text: reached from float inputs, not from the embedding."""
-    if embedding is None:
-        return frozenset()
+    """Groups that pixels flow through before they meet text: not behind the embedding, and reached from pixels or idle
+    in decode. What counts are arguments of modules; models also move tensors to where their first parameter is.
+    """
     record = trace.record
+    if embedding is None or not record.pixel_storages:
+        return frozenset()
+    arrived = [s for s in record.sent if s.phase == "prefill" and s.source != INPUTS_LABEL and s.tensor != MOVED]
     flow: nx.DiGraph[int] = nx.DiGraph()
     flow.add_nodes_from(range(len(trace.groups)))
-    flow.add_edges_from((s.source, s.target) for s in record.sent if s.source != INPUTS_LABEL and s.phase == "prefill")
+    flow.add_edges_from((s.source, s.target) for s in arrived)
+    text = {INPUTS_LABEL, embedding, *nx.descendants(flow, embedding)}
     entries = {s.target for s in record.sent if s.storage in record.pixel_storages}
-    reached = set().union(entries, *(nx.descendants(flow, entry) for entry in entries))
-    text = {embedding, *nx.descendants(flow, embedding)}
-    return frozenset(reached - text - {INPUTS_LABEL})
+    from_pixels = set().union(entries, *(nx.descendants(flow, entry) for entry in entries))
+    ran = [{one.running for one in record.intervals if (one.step > 0) == later} for later in (False, True)]
+    idle_later = ran[0] - ran[1] if len(ran[1]) > 1 else set()
+    return frozenset(label for label in (from_pixels | idle_later) - text if label is not None)
 
 
 def _cache_growth(trace: Trace) -> dict[int, tuple[int, int]]:

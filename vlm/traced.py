@@ -75,7 +75,7 @@ class TracedModel:
     """
 
     name: str
-    origin: Literal["folder", "catalogue"]
+    origin: Literal["folder", "catalogue", "hub"]
     architecture: str
     default_dtype: str
     config: Mapping[str, Any]

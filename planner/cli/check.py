@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a name from `plan-devices models`")
     parser.add_argument("map", metavar="MAP", help=f"a JSON or YAML file, a plan of ours, or {', '.join(STRATEGIES)}")
     options.add_machine_arguments(parser)
+    options.add_hub_arguments(parser)
     work = parser.add_argument_group("workload")
     work.add_argument("--dtype", choices=get_args(Dtype), default="auto")
     work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
@@ -103,7 +104,7 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
     written = _written_map(arguments.map)
     risks, notes = _remote_risks(arguments.model)
     risks += scan_files(arguments.source)
-    model = options.model_from(arguments.model)
+    model = options.model_from(arguments)
     workload = model.resolved(_workload(arguments))
     with quiet_libraries():
         rehearsed = rehearsal(model, workload)
@@ -124,7 +125,11 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
 def _written_map(text: str) -> GivenMap | None:
     """The map in the file that MAP names; None where it names a strategy. A file wins."""
     path = Path(text)
-    return None if text in STRATEGIES and not path.exists() else read_map_file(path)
+    if path.exists():
+        return read_map_file(path)
+    if text in STRATEGIES:
+        return None
+    raise SourceError(f"there is no file {text}: name a JSON or YAML file, a plan of ours, or {', '.join(STRATEGIES)}")
 
 
 def _strategys_map(strategy: str, skeleton: Any, machine: Machine) -> GivenMap:

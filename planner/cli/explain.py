@@ -23,7 +23,7 @@ from vlm.model import Model
 def run(argv: Sequence[str]) -> int:
     """Print the explanation on stdout."""
     arguments = _parser().parse_args(argv)
-    model = options.model_from(arguments.model)
+    model = options.model_from(arguments)
     found = explain(model, _workload(model, arguments), _devices(arguments))
     if arguments.json:
         json.dump(found.to_dict(), sys.stdout, indent=2)
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="plan-devices explain", description="Say where a model's bytes are, and what bounds it on a GPU."
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a name from `plan-devices models`")
+    options.add_hub_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--gpus", type=options.machine_spec, metavar="SPEC", help="such as rtx4090, or rtx4090,a100-80g")
     which.add_argument("--machine", type=Path, metavar="FILE", help="machine file (YAML)")

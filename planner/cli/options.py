@@ -17,6 +17,7 @@ from planner.units import parse_bytes
 from planner.workload import Workload
 
 if TYPE_CHECKING:
+    from vlm.hub import Hub
     from vlm.model import Model
     from vlm.traced import TracedCosts, TracedModel
 
@@ -75,13 +76,34 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
     return machine.limited({machine.position(device): num_bytes for device, num_bytes in limits})
 
 
-def model_from(name: str, *, quiet: bool = False) -> Model:
-    """What MODEL stands for; costs of architectures whose graph is not on file come from the cache, or from a trace.
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """--revision, --token, --cache-dir and --offline, for a MODEL that is an id on the hub."""
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
+    hub.add_argument("--token", metavar="TOKEN", help="for gated and private models")
+    hub.add_argument("--cache-dir", type=Path, metavar="FOLDER")
+    hub.add_argument("--offline", action="store_true", help="use what has been downloaded before")
 
+
+def hub_from(arguments: argparse.Namespace) -> Hub:
+    """The hub as the arguments want it reached."""
+    from vlm.hub import Hub
+
+    return Hub(
+        revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline
+    )
+
+
+def model_from(arguments: argparse.Namespace, name: str | None = None) -> Model:
+    """What MODEL, or `name`, stands for: a folder, a name of the catalogue, or an id on the hub.
+
+    Costs of architectures whose graph is not on file come from the cache, or from a trace.
     Raises: SourceError and UnsupportedModelError as `find_model` does.
     """
     from vlm.cost_library import CostLibrary
     from vlm.model import find_model
+
+    quiet = getattr(arguments, "quiet", False)
 
     def trace(model: TracedModel, workload: Workload) -> TracedCosts:
         from runtime.costs import trace_costs
@@ -91,7 +113,8 @@ def model_from(name: str, *, quiet: bool = False) -> Model:
         return trace_costs(model, workload)
 
     folder = cache_folder()
-    return find_model(name, CostLibrary(folder, trace).find)
+    costs = CostLibrary(folder, trace).find
+    return find_model(name or arguments.model, costs, lambda repo_id: hub_from(arguments).checkpoint(repo_id))
 
 
 def names_a_file(name: str) -> bool:

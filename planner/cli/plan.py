@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         from planner.cli import graph_file
 
         return graph_file.run(arguments)
-    model = options.model_from(arguments.model, quiet=arguments.quiet)
+    model = options.model_from(arguments)
     machine = options.machine_from(arguments)
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
     for note in _notes(model, arguments):
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="checkpoint folder, a name from `plan-devices models`, or a module-graph file"
     )
     options.add_machine_arguments(parser)
+    options.add_hub_arguments(parser)
     work = parser.add_argument_group("workload")
     work.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
     work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
@@ -147,8 +148,8 @@ def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
 
 
 def _notes(model: Model, arguments: argparse.Namespace) -> list[str]:
-    where = arguments.model if model.origin == "folder" else "the catalogue"
-    notes = [f"{model.name}: {model.origin} ({where})" if model.origin == "folder" else f"{model.name}: from {where}"]
+    where = f"from the {model.origin}" if model.origin != "folder" else f"folder ({arguments.model})"
+    notes = [f"{model.name}: {where}"]
     if arguments.image_size and model.fixed_image_px:
         width, height = model.fixed_image_px
         notes.append(f"--image-size changes nothing: {model.name} resizes every picture to {width}x{height}")

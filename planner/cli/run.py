@@ -78,11 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch-size", type=options.count, default=1, metavar="N", help="of --input, asked at once")
     plan.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
     plan.add_argument("--verify", action="store_true", help="show what lies where, and watch the first forward")
-    hub = parser.add_argument_group("hub")
-    hub.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
-    hub.add_argument("--token", metavar="TOKEN", help="for gated and private models")
-    hub.add_argument("--cache-dir", type=Path, metavar="FOLDER")
-    hub.add_argument("--offline", action="store_true", help="use what has been downloaded before")
+    options.add_hub_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     return parser
 
@@ -106,14 +102,12 @@ def _loaded(arguments: argparse.Namespace, results: Results | None, say: Say) ->
     from runtime.load import load_sharded
     from runtime.progress import quieten_libraries
     from runtime.sources import downloaded
-    from vlm.hub import Hub
     from vlm.prompting import prompter_for
 
     quieten_libraries()
     # Questions are looked at first: a wrong picture should not wait for the weights.
     first = _questions(arguments)
-    hub = Hub(revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline)
-    model = downloaded(arguments.model, hub, lambda name: options.model_from(name, quiet=arguments.quiet))
+    model = downloaded(arguments.model, options.hub_from(arguments), lambda name: options.model_from(arguments, name))
     say(f"{model.name}: from the {'hub' if model.origin == 'hub' else model.origin} ({arguments.model})")
     prompter = prompter_for(_folder_of(model), model.architecture)
     place = arguments.devices[0] if arguments.devices in ([name] for name in PLACES) else None

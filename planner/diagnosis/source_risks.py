@@ -107,7 +107,8 @@ class _Names:
     @classmethod
     def of(cls, tree: ast.Module) -> _Names:
         """The names that imports and assignments give, wherever in the file they stand."""
-        torch, functions, devices = {"torch"}, {}, set()
+        torch, devices = {"torch"}, set()
+        functions: dict[str, str] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 torch |= {alias.asname or alias.name for alias in node.names if alias.name == "torch"}

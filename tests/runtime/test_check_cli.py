@@ -124,7 +124,7 @@ def test_a_missing_map_and_a_fix_without_a_file_are_refused(
     tiny_xcomposer2: Path, bad_map: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(tiny_xcomposer2, "none.json", *GPUS) == 3
-    assert "No such file" in capsys.readouterr().err
+    assert "there is no file none.json: name a JSON or YAML file, a plan of ours, or auto" in capsys.readouterr().err
     assert check(tiny_xcomposer2, bad_map, *GPUS, "--fix") == 2
     assert "name it with -o FILE" in capsys.readouterr().err
     assert check(tiny_xcomposer2, bad_map, *GPUS, "--fix", "-o", bad_map) == 2

@@ -39,15 +39,13 @@ class Checkpoint:
 
     @property
     def maps(self) -> Iterator[dict[str, int | str]]:
-        """Transformers' own, cuts anywhere, a few atoms astray, a hole, and offloaded ends."""
+        """Transformers' own, a cut anywhere, a few atoms astray, a hole, offloaded ends, and no GPU."""
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        for strategy, share in (("auto", 1.5), ("sequential", 0.7)):
-            yield dict(auto_map(self.model, strategy, Machine.parse(f"{NUM_GPUS}x{int(share * num_bytes)}B")).placement)
+        yield dict(auto_map(self.model, "auto", Machine.parse(f"{NUM_GPUS}x{int(1.5 * num_bytes)}B")).placement)
         atoms, chance = [atom.name for atom in find_atoms(self.model)], random.Random(3)
+        cuts = chance.sample(range(1, len(atoms)), NUM_GPUS - 1)
+        yield {atom: sum(index >= cut for cut in cuts) for index, atom in enumerate(atoms)}
         for _ in range(2):
-            cuts = chance.sample(range(1, len(atoms)), NUM_GPUS - 1)
-            yield {atom: sum(index >= cut for cut in cuts) for index, atom in enumerate(atoms)}
-        for _ in range(3):
             yield {atom: chance.randrange(NUM_GPUS) if chance.random() < 0.15 else 0 for atom in atoms}
         yield {atoms[0]: 1, **dict.fromkeys(atoms[1:], 0)}
         yield {atom: 0 for atom in atoms if atom != atoms[len(atoms) // 2]}

@@ -44,7 +44,7 @@ def lookup(name: str) -> CatalogueEntry:
         hint = f"Did you mean {', '.join(near)}?" if near else "See `plan-devices models` for all names."
         raise SourceError(
             f"{name!r} is neither a folder here nor a model in the catalogue. {hint} "
-            "A model from the hub is planned from its downloaded folder."
+            "A model of the hub is named organisation/name."
         )
     return entry
 

@@ -27,7 +27,7 @@ class InternLM2Model:
     """A model of either family. `checkpoint` is None for a catalogue name."""
 
     name: str
-    origin: Literal["folder", "catalogue"]
+    origin: Literal["folder", "catalogue", "hub"]
     facts: InternLM2Facts
     default_dtype: str
     config: Mapping[str, Any]
