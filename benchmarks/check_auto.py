@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from planner.diagnosis.diagnosis import HAZARDS, Diagnosis
 from planner.errors import UnsupportedModelError
 from planner.machine import Machine
-from runtime.auto_maps import auto_map
+from runtime.diagnosis.auto_maps import auto_map
 from runtime.diagnosis.diagnosis import diagnose
 from vlm.inputs import example_inputs
 from vlm.tiny import tiny_model

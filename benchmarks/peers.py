@@ -25,7 +25,7 @@ from planner.paths import contains, owner
 from planner.problem import Evaluation, Objective, PlacedStage, Problem, evaluate
 from planner.solve import chain_dp
 from planner.workload import Workload
-from runtime.auto_maps import auto_map
+from runtime.diagnosis.auto_maps import auto_map
 from vlm.catalogue import catalogue_names, lookup
 from vlm.model import Model, find_model
 from vlm.planning import problem_for

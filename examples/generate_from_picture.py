@@ -1,4 +1,4 @@
-"""Ask a checkpoint about a picture: generate_from_picture.py FOLDER PICTURE "QUESTION" [2x24GiB].
+"""Ask a checkpoint of a family of ours about a picture: generate_from_picture.py FOLDER PICTURE "QUESTION" [2x24GiB].
 
 On real GPUs without the last argument; with it, on virtual ones of that size.
 """
@@ -7,10 +7,10 @@ import sys
 
 from planner import Machine
 from runtime import load_sharded, place_inputs
-from vlm.internlm_xcomposer2.processing import XComposer2Processor
+from vlm.processors import load_processor
 
 folder, picture, question, *gpus = sys.argv[1:]
-processor = XComposer2Processor.from_folder(folder)
+processor = load_processor(folder)  # of transformers' own models: AutoProcessor.from_pretrained(folder)
 if gpus:
     model = load_sharded(folder, machine=Machine.parse(gpus[0]), devices="virtual", verify=True)
 else:

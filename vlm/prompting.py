@@ -24,16 +24,6 @@ from vlm.chat import IMAGE_PLACEHOLDER
 from vlm.families import FAMILIES
 from vlm.image_pixels import ImageInput, as_rgb
 
-_PROCESSORS = {
-    "vlm.chatglm": "ChatGLMProcessor",
-    "vlm.internlm": "InternLMProcessor",
-    "vlm.internlm_xcomposer": "XComposerProcessor",
-    "vlm.internlm_xcomposer2": "XComposer2Processor",
-    "vlm.internlm_xcomposer2_hd": "XComposer2HDProcessor",
-    "vlm.qwen": "QWenProcessor",
-}
-"""The processor of each package of ours, in its module `processing`."""
-
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, IndexError)
 """What processors raise for a question that they do not take."""
 
@@ -88,8 +78,8 @@ def prompter_for(folder: Path, architecture: str) -> Prompter:
     needs a package that is not there.
     """
     if architecture in FAMILIES:
-        package = FAMILIES[architecture].package
-        processor_class = getattr(import_module(f"{package}.processing"), _PROCESSORS[package])
+        family = FAMILIES[architecture]
+        processor_class = getattr(import_module(f"{family.package}.processing"), family.processor_class)
         return OurPrompter(processor_class.from_folder(folder))
     return CheckpointPrompter(_processor(folder), folder)
 

@@ -124,16 +124,15 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
 
 def _written_map(text: str) -> GivenMap | None:
     """The map in the file that MAP names; None where it names a strategy. A file wins."""
-    path = Path(text)
-    if path.exists():
-        return read_map_file(path)
+    if os.path.exists(text):
+        return read_map_file(Path(text))
     if text in STRATEGIES:
         return None
     raise SourceError(f"there is no file {text}: name a JSON or YAML file, a plan of ours, or {', '.join(STRATEGIES)}")
 
 
 def _strategys_map(strategy: str, skeleton: Any, machine: Machine) -> GivenMap:
-    from runtime.auto_maps import auto_map
+    from runtime.diagnosis.auto_maps import auto_map
 
     return auto_map(skeleton, strategy, machine)
 
@@ -156,9 +155,9 @@ def _workload(arguments: argparse.Namespace) -> Workload:
 
 def _remote_risks(model: str) -> tuple[tuple[SourceRisk, ...], tuple[str, ...]]:
     """Risks in a checkpoint folder's Python, which `trust_remote_code` would run; a note where it cannot be read."""
-    folder = Path(model).expanduser()
+    folder = os.path.expanduser(model)
     try:
-        return (scan_files([folder]), ()) if folder.is_dir() else ((), ())
+        return (scan_files([Path(folder)]), ()) if os.path.isdir(folder) else ((), ())
     except SourceError as problem:
         return (), (f"The folder's own code was not looked through: {problem}",)
 

@@ -6,6 +6,7 @@ import ast
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os.path import isdir
 from pathlib import Path
 
 from planner.diagnosis.diagnosis import Finding, Hazard
@@ -54,7 +55,7 @@ def scan_files(paths: Iterable[Path]) -> tuple[SourceRisk, ...]:
 
     Raises: SourceError for a file that cannot be read or is no Python.
     """
-    files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (sorted(path.glob("*.py")) if isdir(path) else [path])]
     return tuple(risk for file in files for risk in scan_source(_source(file), file.name))
 
 

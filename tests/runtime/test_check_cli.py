@@ -125,6 +125,9 @@ def test_a_missing_map_and_a_fix_without_a_file_are_refused(
 ) -> None:
     assert check(tiny_xcomposer2, "none.json", *GPUS) == 3
     assert "there is no file none.json: name a JSON or YAML file, a plan of ours, or auto" in capsys.readouterr().err
+    assert check(tiny_xcomposer2, "x" * 5000, *GPUS) == 3
+    assert check(tiny_xcomposer2, bad_map, *GPUS, "--source", "x" * 5000) == 3
+    assert "cannot be read: File name too long" in capsys.readouterr().err
     assert check(tiny_xcomposer2, bad_map, *GPUS, "--fix") == 2
     assert "name it with -o FILE" in capsys.readouterr().err
     assert check(tiny_xcomposer2, bad_map, *GPUS, "--fix", "-o", bad_map) == 2

@@ -14,7 +14,7 @@ import transformers
 from planner import Machine
 from planner.diagnosis.diagnosis import Diagnosis
 from runtime import dry_run, plan_model
-from runtime.auto_maps import STRATEGIES, auto_map
+from runtime.diagnosis.auto_maps import STRATEGIES, auto_map
 from runtime.diagnosis.diagnosis import diagnose
 from vlm.inputs import example_inputs
 from vlm.tiny import tiny_model

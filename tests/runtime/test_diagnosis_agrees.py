@@ -19,7 +19,7 @@ from planner.diagnosis.map_file import given_map
 from planner.diagnosis.map_hazards import main_device
 from runtime import diagnose
 from runtime.atoms import find_atoms
-from runtime.auto_maps import auto_map
+from runtime.diagnosis.auto_maps import auto_map
 from runtime.quiet import quiet_libraries
 from runtime.virtual import virtual_gpus
 from vlm.inputs import example_inputs
