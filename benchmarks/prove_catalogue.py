@@ -1,7 +1,7 @@
 """Proves every catalogue model for every kind of workload, at full size without weights, and writes vlm/proofs.yaml.
 
-    python benchmarks/prove_catalogue.py              all models
-    python benchmarks/prove_catalogue.py llava qwen2  those whose names contain one of these; the others' proofs stay
+python benchmarks/prove_catalogue.py              all models
+python benchmarks/prove_catalogue.py llava qwen2  those whose names contain one of these; the others' proofs stay
 """
 
 from __future__ import annotations

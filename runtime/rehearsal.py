@@ -13,7 +13,7 @@ from planner.errors import UnsupportedModelError
 from planner.workload import Workload
 from runtime.steps import Steps, forward_and_decode
 from vlm.inputs import Pictures, example_pictures
-from vlm.internlm_xcomposer2.configuration import InternLM2Config
+from vlm.internlm_xcomposer2.configuration import InternLM2Config, InternLMXComposer2Config
 from vlm.internlm_xcomposer2.workload_inputs import workload_inputs
 from vlm.model import Model
 from vlm.skeleton import build_skeleton
@@ -39,7 +39,7 @@ def rehearsal(model: Model, workload: Workload) -> Rehearsal:
 
 def inputs_of(skeleton: PreTrainedModel, workload: Workload) -> dict[str, Any]:
     """Arguments of a prefill of a resolved workload's sizes; in a batch the prompts are uneven."""
-    if isinstance(skeleton.config, InternLM2Config):
+    if type(skeleton.config) in (InternLM2Config, InternLMXComposer2Config):  # and none that derives from them
         return workload_inputs(skeleton.config, workload)
     return prompt_of_pictures(pictures_of(skeleton, workload), workload, skeleton.dtype)
 

@@ -70,7 +70,7 @@ def trace_model(
     which would be our own mistake.
     """
     batch_size = len(prompt_of(inputs))
-    groups = list(known_groups or _first_groups(find_atoms(model)))
+    groups = list(known_groups) if known_groups else _with_ties(model, _first_groups(find_atoms(model)))
     merges: list[Merge] = []
     for num_rounds in range(1, MAX_ROUNDS + 1):
         record, weight_bytes = _run(model, groups, inputs, steps)
@@ -128,6 +128,17 @@ def _runs(atoms: list[Atom], run_length: int, lengths: Mapping[str | None, int])
         members = list(same)
         step = 1 if module_list is None else lengths.get(module_list, run_length)
         yield from (tuple(members[start : start + step]) for start in range(0, len(members), step))
+
+
+def _with_ties(model: nn.Module, groups: list[tuple[Atom, ...]]) -> list[tuple[Atom, ...]]:
+    """The groups with those merged that share a parameter: accelerate ties it again, to one of its names' devices."""
+    label_of = {atom.name: label for label, group in enumerate(groups) for atom in group}
+    sharing: dict[int, set[int]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owned_by = owner(name, label_of)
+        if owned_by is not None:  # a shared module is an atom under its first name alone
+            sharing.setdefault(id(parameter), set()).add(label_of[owned_by])
+    return _merged(groups, (frozenset(labels) for labels in sharing.values() if len(labels) > 1))
 
 
 def _merged(groups: list[tuple[Atom, ...]], meetings: Iterable[frozenset[int]]) -> list[tuple[Atom, ...]]:

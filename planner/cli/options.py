@@ -89,9 +89,7 @@ def hub_from(arguments: argparse.Namespace) -> Hub:
     """The hub as the arguments want it reached."""
     from vlm.hub import Hub
 
-    return Hub(
-        revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline
-    )
+    return Hub(revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline)
 
 
 def model_from(arguments: argparse.Namespace, name: str | None = None) -> Model:

@@ -250,8 +250,8 @@ UNREADABLE = {
     "an unknown name": (("internlm-xcomposer2-v1-7b", "--gpus", "24GiB"), "Did you mean internlm-xcomposer2-vl-7b"),
     "a name like no other": (("zzzz", "--gpus", "24GiB"), "See `plan-devices models` for all names."),
     "another organisation": (
-        (f"meta/{MODEL}", "--gpus", "24GiB"),
-        "is neither a folder here nor a model in the catalogue",
+        ("someone/internlm2-7b", "--gpus", "24GiB", "--offline"),
+        "someone/internlm2-7b has not been downloaded whole, and offline nothing is: download it once without",
     ),
     "a folder that is not there": (("./nowhere", "--gpus", "24GiB"), "there is no folder ./nowhere: check the path"),
     "a folder without a model": (("./docs", "--gpus", "24GiB"), "docs/config.json is missing"),

@@ -1,4 +1,4 @@
-"""Costs that ship with the catalogue: fresh traces of a few models agree with them, and the table is of their versions."""
+"""Costs on file: fresh traces of a few models agree with them, and the table is of their versions."""
 
 from __future__ import annotations
 

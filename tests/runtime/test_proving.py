@@ -95,13 +95,17 @@ def kinds_on_file(model: Model) -> Iterator[Workload]:
             yield workload
 
 
-def test_every_catalogue_model_is_proven_for_every_kind_of_workload_that_needs_no_trace() -> None:
-    for stem in set(catalogue_names().values()):
-        model = find_model(stem)
-        kinds = list(kinds_on_file(model))
-        assert kinds
-        for workload in kinds:
-            assert stored_proof(model.fingerprint, model.resolved(workload))["status"] == "proven", stem
+TILED = {"internlm-xcomposer2-4khd-7b", "internlm-xcomposer2d5-7b", "internlm-xcomposer2d5-ol-7b"}
+"""Their proofs are not on file: a plan of theirs is run when it is made."""
+
+
+@pytest.mark.parametrize("stem", sorted(set(catalogue_names().values()) - TILED))
+def test_every_catalogue_model_is_proven_for_every_kind_of_workload_that_needs_no_trace(stem: str) -> None:
+    model = find_model(stem)
+    kinds = list(kinds_on_file(model))
+    assert kinds
+    for workload in kinds:
+        assert stored_proof(model.fingerprint, model.resolved(workload))["status"] == "proven"
 
 
 def test_a_plan_that_does_not_run_is_not_proven() -> None:
