@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from planner import SourceError
+from planner import Plan, SourceError
 from tests.hub_server import TOKEN, HubState, hub_server
+from tests.tiny_checkpoints import write_llava
 from vlm.checkpoint import read_checkpoint
 from vlm.hub import Hub, is_repo_id
 from vlm.model import find_model
@@ -186,3 +190,25 @@ def test_a_model_of_pickles_is_downloaded_and_not_planned(server: HubState, hub:
 )
 def test_only_an_organisation_and_a_name_make_a_hub_id(name: str, is_one: bool) -> None:
     assert is_repo_id(name) is is_one
+
+
+def test_the_command_plans_an_id_of_the_hub(tmp_path: Path) -> None:
+    folder = write_llava(tmp_path / "checkpoint")
+    with hub_server() as state:
+        state.repos["tiny/llava"] = folder
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": state.url,
+            "HF_HOME": str(tmp_path / "hub"),
+            "PLAN_DEVICES_CACHE": str(tmp_path / "cache"),
+        }
+        command = [sys.executable, "-m", "planner", "tiny/llava", "--gpus", "2x2GiB"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "llava: from the hub" in done.stderr
+    assert Plan.from_yaml(done.stdout).proof["status"] == "proven"
+    assert not any(
+        request.startswith("GET") and ".safetensors" in request and "bytes=" not in request
+        for request in state.requests
+        if "index" not in request
+    )
