@@ -25,7 +25,7 @@ from planner.pages.html_page import diagnosis_page
 from planner.pages.markdown import diagnosis_markdown
 from planner.pages.terminal import diagnosis_report
 from planner.textfile import dump_mapping
-from planner.workload import Attention, Dtype, Workload
+from planner.workload import Attention, Dtype
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -105,7 +105,7 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
     risks, notes = _remote_risks(arguments.model)
     risks += scan_files(arguments.source)
     model = options.model_from(arguments)
-    workload = model.resolved(_workload(arguments))
+    workload = model.resolved(options.workload_from(arguments, model))
     with quiet_libraries():
         rehearsed = rehearsal(model, workload)
         given = written or _strategys_map(arguments.map, rehearsed.skeleton, machine)
@@ -135,22 +135,6 @@ def _strategys_map(strategy: str, skeleton: Any, machine: Machine) -> GivenMap:
     from runtime.diagnosis.auto_maps import auto_map
 
     return auto_map(skeleton, strategy, machine)
-
-
-def _workload(arguments: argparse.Namespace) -> Workload:
-    try:
-        return Workload(
-            batch_size=arguments.batch_size,
-            num_images=1 if arguments.num_images is None else arguments.num_images,
-            image_size=arguments.image_size,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.new_tokens,
-            max_model_len=arguments.max_model_len,
-            dtype=arguments.dtype,
-            attention=arguments.attention,
-        )
-    except ValueError as problem:
-        raise ConstraintError(str(problem)) from problem
 
 
 def _remote_risks(model: str) -> tuple[tuple[SourceRisk, ...], tuple[str, ...]]:

@@ -12,19 +12,17 @@ from typing import get_args
 from rich.console import Console
 
 from planner.cli import options
-from planner.errors import ConstraintError
 from planner.machine import Device, Machine
 from planner.pages.explanation import explanation_report
-from planner.workload import Attention, Dtype, Workload
+from planner.workload import Attention, Dtype
 from vlm.explaining import explain
-from vlm.model import Model
 
 
 def run(argv: Sequence[str]) -> int:
     """Print the explanation on stdout."""
     arguments = _parser().parse_args(argv)
     model = options.model_from(arguments)
-    found = explain(model, _workload(model, arguments), _devices(arguments))
+    found = explain(model, options.workload_from(arguments, model), _devices(arguments))
     if arguments.json:
         json.dump(found.to_dict(), sys.stdout, indent=2)
         print()
@@ -58,21 +56,3 @@ def _devices(arguments: argparse.Namespace) -> tuple[Device, ...]:
     if arguments.machine is not None:
         return Machine.load(arguments.machine).devices
     return arguments.gpus.devices if arguments.gpus is not None else ()
-
-
-def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
-    images = arguments.num_images
-    if images and not model.has_images:
-        raise ConstraintError(f"--num-images {images}: {model.name} is a language model and takes no images")
-    try:
-        return Workload(
-            batch_size=arguments.batch_size,
-            num_images=1 if images is None else images,
-            image_size=arguments.image_size,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.new_tokens,
-            dtype=arguments.dtype,
-            attention=arguments.attention,
-        )
-    except ValueError as problem:
-        raise ConstraintError(str(problem)) from problem

@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from planner.errors import MachineError
+from planner.errors import ConstraintError, MachineError
 from planner.machine import Machine
 from planner.units import parse_bytes
 from planner.workload import Workload
@@ -113,6 +113,29 @@ def model_from(arguments: argparse.Namespace, name: str | None = None) -> Model:
     folder = cache_folder()
     costs = CostLibrary(folder, trace).find
     return find_model(name or arguments.model, costs, lambda repo_id: hub_from(arguments).checkpoint(repo_id))
+
+
+def workload_from(arguments: argparse.Namespace, model: Model) -> Workload:
+    """The workload that the arguments ask of a model.
+
+    Raises: ConstraintError for images of a language model, or a count that is out of range.
+    """
+    images = arguments.num_images
+    if images and not model.has_images:
+        raise ConstraintError(f"--num-images {images}: {model.name} is a language model and takes no images")
+    try:
+        return Workload(
+            batch_size=arguments.batch_size,
+            num_images=1 if images is None else images,
+            image_size=arguments.image_size,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            max_model_len=getattr(arguments, "max_model_len", None),
+            dtype=arguments.dtype,
+            attention=arguments.attention,
+        )
+    except ValueError as problem:
+        raise ConstraintError(str(problem)) from problem
 
 
 def names_a_file(name: str) -> bool:

@@ -25,7 +25,7 @@ from planner.plan import Plan
 from planner.problem import Objective, Problem
 from planner.report import alternatives_table, report
 from planner.textfile import dump_mapping
-from planner.workload import Attention, Dtype, Workload
+from planner.workload import Attention, Dtype
 from vlm.model import Model
 from vlm.planning import plan_of, problem_for
 
@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
         split_vision=arguments.split_vision,
         all_devices=arguments.all_devices,
     )
-    workload = _workload(model, arguments)
+    workload = options.workload_from(arguments, model)
     problem = replace(problem_for(model, machine, workload, constraints), objective=arguments.objective or "balance")
     plan = plan_of(model, problem, workload, constraints, arguments.time_limit)
     if arguments.no_proof:
@@ -126,25 +126,6 @@ def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> dict[str, int]:
         if pins.setdefault(name, device) != device:
             raise ConstraintError(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
     return {name: machine.position(device) for name, device in pins.items()}
-
-
-def _workload(model: Model, arguments: argparse.Namespace) -> Workload:
-    images = arguments.num_images
-    if images and not model.has_images:
-        raise ConstraintError(f"--num-images {images}: {model.name} is a language model and takes no images")
-    try:
-        return Workload(
-            batch_size=arguments.batch_size,
-            num_images=1 if images is None else images,
-            image_size=arguments.image_size,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.new_tokens,
-            max_model_len=arguments.max_model_len,
-            dtype=arguments.dtype,
-            attention=arguments.attention,
-        )
-    except ValueError as problem:
-        raise ConstraintError(str(problem)) from problem
 
 
 def _notes(model: Model, arguments: argparse.Namespace) -> list[str]:
