@@ -42,8 +42,12 @@ def trace_costs(model: TracedModel, workload: Workload) -> TracedCosts:
         longest = min(longest, limit - pictures.image_tokens - NUM_DECODE_STEPS)
     bends = (window - pictures.image_tokens for window in windows(skeleton.config))
     texts = {SHORT_TEXT_TOKENS, workload.prompt_tokens, *(longest // part for part in FRACTIONS)}
-    texts |= {bend for bend in bends if SHORT_TEXT_TOKENS < bend < longest}
-    return costs_of(skeleton, model.name, [replace(workload, prompt_tokens=count) for count in sorted(texts)])
+    texts |= set(bends)
+    # Pictures may leave no room for other texts, or take more than the model was made for.
+    traced = sorted(
+        count for count in texts if count == workload.prompt_tokens or SHORT_TEXT_TOKENS <= count <= longest
+    )
+    return costs_of(skeleton, model.name, [replace(workload, prompt_tokens=count) for count in traced])
 
 
 def _max_positions(config: PreTrainedConfig) -> int | None:

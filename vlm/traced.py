@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from planner.errors import ConstraintError
@@ -71,7 +71,8 @@ Tracer = Callable[["TracedModel", Workload], TracedCosts]
 class TracedModel:
     """A model of any architecture. `find_costs` answers for each kind of workload that is asked about.
 
-    `catalogue_stem` names the catalogue's file, where the model is from there.
+    `catalogue_stem` names the catalogue's file, where the model is from there. What all costs of a model agree on is
+    read off those that were found first.
     """
 
     name: str
@@ -82,6 +83,7 @@ class TracedModel:
     find_costs: Tracer
     checkpoint: Checkpoint | None = None
     catalogue_stem: str | None = None
+    _found: list[TracedCosts] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def has_images(self) -> bool:
@@ -92,18 +94,18 @@ class TracedModel:
     @property
     def fixed_image_px(self) -> tuple[int, int] | None:
         """Width and height that every picture is resized to; None where any size will do."""
-        rule = self._costs(self._default).image
-        return rule.native_px if rule and not rule.any_size else None
+        rules = [costs.image for costs in self._found if costs.image] or [self._costs(self._default).image]
+        return rules[0].native_px if rules[0] and not rules[0].any_size else None
 
     @property
     def max_positions(self) -> int | None:
         """The context that the model was made for."""
-        return self._costs(self._default).max_positions
+        return self._any_costs.max_positions
 
     @property
     def fingerprint(self) -> str:
         """Equal for any two sources of the same architecture at the same size."""
-        return self._costs(self._default).fingerprint
+        return self._any_costs.fingerprint
 
     @property
     def config_digest(self) -> str:
@@ -145,6 +147,10 @@ class TracedModel:
         return replace(self._costs(workload).graph, name=self.name, dtype=workload.dtype)
 
     @property
+    def _any_costs(self) -> TracedCosts:
+        return self._found[0] if self._found else self._costs(self._default)
+
+    @property
     def _default(self) -> Workload:
         return self._typed(Workload(num_images=1 if self.has_images else 0))
 
@@ -170,7 +176,10 @@ class TracedModel:
         return workload.num_images * counts[0], workload.num_images * counts[1]
 
     def _costs(self, workload: Workload) -> TracedCosts:
-        return self.find_costs(self, workload)
+        costs = self.find_costs(self, workload)
+        if not any(known is costs for known in self._found):
+            self._found.append(costs)
+        return costs
 
 
 MAX_TRACED_TOKENS = 16384

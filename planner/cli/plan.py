@@ -26,7 +26,6 @@ from planner.problem import Objective, Problem
 from planner.report import alternatives_table, report
 from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype
-from vlm.model import Model
 from vlm.planning import plan_of, problem_for
 
 FORMATS = ("yaml", "json", "device-map")
@@ -44,8 +43,8 @@ def run(argv: Sequence[str]) -> int:
     model = options.model_from(arguments)
     machine = options.machine_from(arguments)
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
-    for note in _notes(model, arguments):
-        console.print(note, markup=False)
+    where = f"from the {model.origin}" if model.origin != "folder" else f"folder ({arguments.model})"
+    console.print(f"{model.name}: {where}", markup=False)
     constraints = Constraints(
         pins=_pins(machine, arguments.pin),
         split_vision=arguments.split_vision,
@@ -53,6 +52,9 @@ def run(argv: Sequence[str]) -> int:
     )
     workload = options.workload_from(arguments, model)
     problem = replace(problem_for(model, machine, workload, constraints), objective=arguments.objective or "balance")
+    if arguments.image_size and model.fixed_image_px:  # asked only now, when the workload's costs are known
+        size = "x".join(map(str, model.fixed_image_px))
+        console.print(f"--image-size changes nothing: {model.name} resizes every picture to {size}", markup=False)
     plan = plan_of(model, problem, workload, constraints, arguments.time_limit)
     if arguments.no_proof:
         plan = replace(plan, proof={"status": "skipped"})
@@ -126,15 +128,6 @@ def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> dict[str, int]:
         if pins.setdefault(name, device) != device:
             raise ConstraintError(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
     return {name: machine.position(device) for name, device in pins.items()}
-
-
-def _notes(model: Model, arguments: argparse.Namespace) -> list[str]:
-    where = f"from the {model.origin}" if model.origin != "folder" else f"folder ({arguments.model})"
-    notes = [f"{model.name}: {where}"]
-    if arguments.image_size and model.fixed_image_px:
-        width, height = model.fixed_image_px
-        notes.append(f"--image-size changes nothing: {model.name} resizes every picture to {width}x{height}")
-    return notes
 
 
 def _rendered(plan: Plan, form: str) -> str:

@@ -119,3 +119,12 @@ def test_a_config_that_no_class_takes_is_refused(tmp_path: Path) -> None:
     broken = replace(model, config={**model.config, "text_config": {"model_type": "llama", "num_attention_heads": 0}})
     with pytest.raises(SourceError, match="is no LlavaConfig: ZeroDivisionError"):
         trace_costs(broken, Workload(dtype="bfloat16", kv_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("num_images", [14, 16])
+def test_pictures_that_fill_the_context_leave_the_own_length_to_trace(num_images: int, tmp_path: Path) -> None:
+    """A tiny model is made for 1024 positions, and a picture takes 64 of them."""
+    model = saved(tmp_path, "llava")
+    resolved = model.resolved(Workload(num_images=num_images, prompt_tokens=30))
+    assert model.quantities(resolved).image_tokens == 64 * num_images
+    assert model.graph(resolved).num_parameters > 0

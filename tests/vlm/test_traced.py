@@ -165,3 +165,11 @@ def test_a_config_that_names_no_model_is_refused(tmp_path: Path, config: dict[st
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlannerError, match=message):
         find_model(str(tmp_path), Tracer())
+
+
+def test_what_all_costs_agree_on_is_not_asked_for_again() -> None:
+    tracer = Tracer()
+    toy = model(CostLibrary(None, tracer).find)
+    toy.resolved(Workload(num_images=2, batch_size=3))
+    assert (toy.fingerprint, toy.max_positions, toy.fixed_image_px) == ("f00d", 4096, (336, 336))
+    assert len(tracer.asked) == 1
