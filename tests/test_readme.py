@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +38,15 @@ def test_the_sweeps_count_is_the_tables() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     clean, total = re.findall(r"\*\*(\d+) of (\d+)\*\*", (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8"))[0]
     assert f"{clean} of the {total} image-text-to-text" in " ".join(readme.split())
+
+
+def test_what_is_said_of_pictures_is_what_transformers_tables_say() -> None:
+    command = [sys.executable, "-c", "from benchmarks.pictures import page; print(page(), end='')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    written = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    if version("transformers") == "5.23.0":
+        assert done.stdout == written
+    counts = re.findall(r"\((\d+)\):\*", written)
+    assert f"{int(counts[0]) + int(counts[1])} of the {sum(map(int, counts))} model types" in " ".join(
+        (ROOT / "README.md").read_text(encoding="utf-8").split()
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from planner.errors import ConstraintError, SourceError, UnsupportedModelError
 from vlm.chat import IMAGE_PLACEHOLDER
 from vlm.families import FAMILIES
 from vlm.image_pixels import ImageInput, as_rgb
+from vlm.processors import load_processor
 
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, IndexError)
 """What processors raise for a question that they do not take."""
@@ -78,9 +78,7 @@ def prompter_for(folder: Path, architecture: str) -> Prompter:
     needs a package that is not there.
     """
     if architecture in FAMILIES:
-        family = FAMILIES[architecture]
-        processor_class = getattr(import_module(f"{family.package}.processing"), family.processor_class)
-        return OurPrompter(processor_class.from_folder(folder))
+        return OurPrompter(load_processor(folder))
     return CheckpointPrompter(_processor(folder), folder)
 
 
