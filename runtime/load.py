@@ -26,7 +26,7 @@ from runtime.overflow import report_overflow
 from runtime.probe import probe_machine
 from runtime.progress import byte_bar
 from runtime.readiness import refuse_full_devices, refuse_other_model, refuse_quantised
-from runtime.sources import model_with_weights
+from runtime.sources import local_checkpoint, model_to_load, stored_weights
 from runtime.weights import load_weights
 from vlm.checkpoint import Checkpoint
 from vlm.hub import Hub
@@ -58,14 +58,17 @@ def load_sharded(
     when the devices are not there or too full; torch.OutOfMemoryError when one fills up. Whatever was placed is freed
     then.
     """
-    model, checkpoint = model_with_weights(source, hub or Hub())
+    hub = hub or Hub()
+    model = model_to_load(source, hub)
+    stored = stored_weights(model)
     refuse_quantised(model)
     plan = _plan(model, plan, machine, workload, devices)
     dtype = getattr(torch, plan.workload.dtype)
     skeleton = build_skeleton(model, dtype=dtype, attention=plan.workload.attention)
-    refuse_other_model(plan, model, skeleton, str(checkpoint.folder))
+    refuse_other_model(plan, model, skeleton, str(stored.folder))
     places = torch_devices(plan, devices)
     refuse_full_devices(plan, places)
+    checkpoint = local_checkpoint(stored, hub)  # a refusal before this costs no download
     if skeleton.can_generate():
         skeleton.generation_config = _generation_config(checkpoint.folder, skeleton)
     device_map = {name: places[key] for name, key in plan.device_map.items()}

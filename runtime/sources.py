@@ -1,55 +1,65 @@
-"""What `load_sharded` is given, as a model whose weights are on this disk: a hub id is downloaded for that."""
+"""What `load_sharded` is given: a model known by its config and headers, and later its weights on this disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from planner.errors import SourceError
 from runtime.costs import trace_costs
-from vlm.checkpoint import Checkpoint
+from vlm.checkpoint import Checkpoint, checkpoint_in
 from vlm.cost_library import CostLibrary
-from vlm.hub import Hub, is_repo_id
-from vlm.model import Model, find_model, path_of
+from vlm.hub import Hub
+from vlm.model import Model, find_model
 
 
-def model_with_weights(source: str | Path | Model, hub: Hub) -> tuple[Model, Checkpoint]:
-    """The model and its checkpoint on this disk; a model that `find_model` found keeps the costs it was found with.
+def model_to_load(source: str | Path | Model, hub: Hub) -> Model:
+    """The model in `source`, of which no weight has been read or downloaded; one that is found already stays as it is.
 
-    Raises: SourceError for a catalogue name or a folder without weights, and as `find_model` and `Hub.download` do.
+    Raises: SourceError as `find_model` and `Hub.checkpoint` do.
     """
-    if isinstance(source, str | Path):
-        model = downloaded(str(source), hub, _find)
-    elif source.origin == "hub" and source.checkpoint is not None and not source.checkpoint.folder.exists():
-        folder = hub.download(source.checkpoint.folder.as_posix())
-        model = replace(source, checkpoint=_find(str(folder)).checkpoint)
-    else:
-        model = source
+    if not isinstance(source, str | Path):
+        return source
+    return find_model(str(source), CostLibrary(_cache_folder(), trace_costs).find, hub.checkpoint, to_load=True)
+
+
+def stored_weights(model: Model) -> Checkpoint:
+    """The checkpoint that a model was found in, on this disk or the hub.
+
+    Raises: SourceError for a name of the catalogue or a folder without weights.
+    """
     if model.checkpoint is not None:
-        return model, model.checkpoint
+        return model.checkpoint
     if model.origin == "catalogue":
         raise SourceError(
             f"{model.name} is a name in the catalogue: loading needs a folder that holds its weights, or its id on the "
             "hub, such as organisation/name"
         )
     raise SourceError(
-        f"{source if isinstance(source, str | Path) else model.name} holds a config and no weights: loading needs "
-        "model.safetensors, shards with their index, or pytorch_model*.bin beside it"
+        f"{model.name} holds a config and no weights: loading needs model.safetensors, shards with their index, or "
+        "pytorch_model*.bin beside it"
     )
 
 
-def downloaded(name: str, hub: Hub, find: Callable[[str], Model]) -> Model:
-    """The model of a path or name, by `find`; one that only the hub has is downloaded first. An existing path wins."""
-    if path_of(name) is not None or name.startswith(".") or not is_repo_id(name):
-        return find(name)
-    # The snapshot's folder is called after its commit.
-    return replace(find(str(hub.download(name))), name=name.partition("/")[2], origin="hub")
+def is_remote(checkpoint: Checkpoint) -> bool:
+    """Whether only the hub has the weights: such a checkpoint's folder is its id there."""
+    return not checkpoint.folder.exists()
 
 
-def _find(name: str) -> Model:
-    return find_model(name, CostLibrary(_cache_folder(), trace_costs).find)
+def local_checkpoint(checkpoint: Checkpoint, hub: Hub) -> Checkpoint:
+    """`checkpoint` with its files on this disk, which are downloaded when only the hub has them.
+
+    Raises: SourceError as `Hub.download` does, or when what was downloaded is no whole checkpoint.
+    """
+    return checkpoint_in(hub.download(checkpoint.folder.as_posix())) if is_remote(checkpoint) else checkpoint
+
+
+def small_files(checkpoint: Checkpoint, hub: Hub) -> Path:
+    """The folder with everything but the weights: what a tokenizer and a processor need.
+
+    Raises: SourceError as `Hub.small_files` does.
+    """
+    return hub.small_files(checkpoint.folder.as_posix()) if is_remote(checkpoint) else checkpoint.folder
 
 
 def _cache_folder() -> Path:

@@ -89,11 +89,13 @@ def holds_pickles_alone(folder: Path) -> bool:
     return not _has_safetensors(folder) and bool(_pickles(folder))
 
 
-def pickled_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder of pickles, which are not opened.
+def checkpoint_in(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, be its weights pickles, which are not opened, or safetensors.
 
-    Raises: SourceError when the config cannot be read.
+    Raises: SourceError as `read_checkpoint`, but for pickles.
     """
+    if not holds_pickles_alone(folder):
+        return read_checkpoint(folder)
     return Checkpoint(folder=folder, config=read_json(folder / "config.json"), tensors={}, pickles=_pickles(folder))
 
 

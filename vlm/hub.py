@@ -34,7 +34,7 @@ from vlm.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     TensorHeader,
-    read_checkpoint,
+    checkpoint_in,
     read_json,
     read_weight_map,
 )
@@ -69,18 +69,31 @@ class Hub:
     def checkpoint(self, repo_id: str) -> Checkpoint:
         """The config and every weight's header, by range requests; its folder is `repo_id` itself.
 
-        Raises: SourceError when the model is gated, missing, unreachable, damaged, or has no safetensors.
+        Of pickles there are names only.
+        Raises: SourceError when the model is gated, missing, unreachable, damaged, or has no weights.
         """
         if self.offline or is_offline_mode():
-            return read_checkpoint(self._cached(repo_id))
+            return checkpoint_in(self._cached(repo_id))
         with _in_one_sentence(repo_id, self):
             names = self._names(repo_id)
             here = self._snapshot(repo_id, _needed(names, ()))
             config = read_json(here / "config.json")
             shards = _shards(here, names)
-            if not shards:
+            pickles = () if shards else tuple(Path(repo_id, name) for name in _pickles(names))
+            if not shards and not pickles:
                 raise NotASafetensorsRepoError(f"{repo_id} holds no safetensors")
-            return Checkpoint(folder=Path(repo_id), config=config, tensors=self._headers(repo_id, shards))
+            tensors = self._headers(repo_id, shards)
+            return Checkpoint(folder=Path(repo_id), config=config, tensors=tensors, pickles=pickles)
+
+    def small_files(self, repo_id: str) -> Path:
+        """The folder with what a config, tokenizer or processor needs, and maybe no weights.
+
+        Raises: SourceError as `checkpoint`.
+        """
+        if self.offline or is_offline_mode():
+            return self._cached(repo_id)
+        with _in_one_sentence(repo_id, self):
+            return self._snapshot(repo_id, _needed(self._names(repo_id), ()))
 
     def download(self, repo_id: str) -> Path:
         """The folder that everything needed has been downloaded to; files that are there already are not fetched.

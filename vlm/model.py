@@ -17,9 +17,8 @@ from planner.workload import Workload
 from vlm.catalogue import lookup
 from vlm.checkpoint import (
     Checkpoint,
+    checkpoint_in,
     has_weights,
-    holds_pickles_alone,
-    pickled_checkpoint,
     read_checkpoint,
     read_json,
 )
@@ -79,11 +78,14 @@ Fetch = Callable[[str], Checkpoint]
 """Reads the config and weight headers of a model on the hub, by its id."""
 
 
-def find_model(name_or_path: str, find_costs: Tracer | None = None, fetch: Fetch | None = None) -> Model:
+def find_model(
+    name_or_path: str, find_costs: Tracer | None = None, fetch: Fetch | None = None, *, to_load: bool = False
+) -> Model:
     """The model that MODEL stands for: an existing path, else a name of the catalogue, else an id on the hub.
 
     `find_costs` answers for architectures whose graph is not written down; without it only costs that ship are known.
-    Without `fetch` nothing is looked up on the hub.
+    Without `fetch` nothing is looked up on the hub. A model `to_load` needs weights, which the catalogue has none of:
+    an id of the hub then wins over it.
     Raises: SourceError for an unknown name or a folder that cannot be read; UnsupportedModelError for a config that
     names no architecture.
     """
@@ -93,12 +95,15 @@ def find_model(name_or_path: str, find_costs: Tracer | None = None, fetch: Fetch
         return _from_folder(path, find_costs)
     if name_or_path.startswith((".", "/", "~")):
         raise SourceError(f"there is no folder {name_or_path}: check the path, or give a name from the catalogue")
+    on_hub = fetch if "/" in name_or_path else None
+    if on_hub and to_load:
+        return _from_hub(name_or_path, on_hub, find_costs)
     try:
         entry = lookup(name_or_path)
     except SourceError:
-        if fetch is None or "/" not in name_or_path:
+        if on_hub is None:
             raise
-        return _from_hub(fetch(name_or_path), find_costs)
+        return _from_hub(name_or_path, on_hub, find_costs)
     name = name_or_path.strip().lower().rpartition("/")[2]
     architecture = entry.config["architectures"][0]
     if architecture in planned.ARCHITECTURES:
@@ -124,12 +129,7 @@ def path_of(name_or_path: str) -> Path | None:
 
 
 def _from_folder(folder: Path, find_costs: Tracer) -> Model:
-    if holds_pickles_alone(folder):
-        checkpoint = pickled_checkpoint(folder)
-    elif folder.is_file() or has_weights(folder):
-        checkpoint = read_checkpoint(folder)
-    else:
-        checkpoint = None
+    checkpoint = checkpoint_in(folder) if folder.is_file() or has_weights(folder) else None
     config = checkpoint.config if checkpoint else read_json(folder / "config.json")
     if checkpoint and checkpoint.pickles and _architecture(config, checkpoint, folder) in planned.ARCHITECTURES:
         # Compared with the config by their headers, which pickles do not have: reading them as safetensors says so.
@@ -137,8 +137,14 @@ def _from_folder(folder: Path, find_costs: Tracer) -> Model:
     return _model_of(config, checkpoint, folder.resolve(), "folder", find_costs)
 
 
-def _from_hub(checkpoint: Checkpoint, find_costs: Tracer) -> Model:
-    return _model_of(checkpoint.config, checkpoint, checkpoint.folder, "hub", find_costs)
+def _from_hub(repo_id: str, fetch: Fetch, find_costs: Tracer) -> Model:
+    checkpoint = fetch(repo_id)
+    if checkpoint.pickles and _architecture(checkpoint.config, checkpoint, Path(repo_id)) in planned.ARCHITECTURES:
+        raise SourceError(
+            f"{repo_id} has pickled weights, whose headers cannot be compared with its config: download it, and turn "
+            "them into safetensors with plan-devices convert"
+        )
+    return _model_of(checkpoint.config, checkpoint, Path(repo_id), "hub", find_costs)
 
 
 def _model_of(
@@ -156,7 +162,7 @@ def _model_of(
         config = tiled.completed(config, shapes, str(where))
         architecture = config["architectures"][0]
     elif checkpoint and architecture in planned.ARCHITECTURES:
-        return replace(planned.from_checkpoint(checkpoint, architecture), origin=origin)
+        return replace(planned.from_checkpoint(checkpoint, architecture), origin=origin, name=folder.name)
     return TracedModel(
         name=folder.name,
         origin=origin,

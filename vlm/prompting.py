@@ -7,7 +7,7 @@ videos alone, it is made without its video part. Pictures go where the question 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,14 +71,14 @@ class Prompter(Protocol):
         """The text of an answer's ids."""
 
 
-def prompter_for(folder: Path, architecture: str) -> Prompter:
-    """The prompter of a checkpoint.
+def prompter_for(folder: Path, architecture: str, config: Mapping[str, Any] | None = None) -> Prompter:
+    """The prompter of a checkpoint, by its config.json or the `config` of the model that was found there.
 
     Raises: SourceError when its processor's files are missing or damaged; UnsupportedModelError when the processor
     needs a package that is not there.
     """
     if architecture in FAMILIES:
-        return OurPrompter(load_processor(folder))
+        return OurPrompter(load_processor(folder, config))
     return CheckpointPrompter(_processor(folder), folder)
 
 

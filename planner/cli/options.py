@@ -92,8 +92,8 @@ def hub_from(arguments: argparse.Namespace) -> Hub:
     return Hub(revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline)
 
 
-def model_from(arguments: argparse.Namespace, name: str | None = None) -> Model:
-    """What MODEL, or `name`, stands for: a folder, a name of the catalogue, or an id on the hub.
+def model_from(arguments: argparse.Namespace, *, to_load: bool = False) -> Model:
+    """What MODEL stands for: a folder, a name of the catalogue, or an id on the hub, which wins when it is to load.
 
     Costs of architectures whose graph is not on file come from the cache, or from a trace.
     Raises: SourceError and UnsupportedModelError as `find_model` does.
@@ -112,7 +112,7 @@ def model_from(arguments: argparse.Namespace, name: str | None = None) -> Model:
 
     folder = cache_folder()
     costs = CostLibrary(folder, trace).find
-    return find_model(name or arguments.model, costs, lambda repo_id: hub_from(arguments).checkpoint(repo_id))
+    return find_model(arguments.model, costs, lambda repo_id: hub_from(arguments).checkpoint(repo_id), to_load=to_load)
 
 
 def workload_from(arguments: argparse.Namespace, model: Model) -> Workload:

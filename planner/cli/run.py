@@ -101,15 +101,16 @@ def _loaded(arguments: argparse.Namespace, results: Results | None, say: Say) ->
     from runtime.inspection import placement_lines
     from runtime.load import load_sharded
     from runtime.progress import quieten_libraries
-    from runtime.sources import downloaded
+    from runtime.sources import small_files, stored_weights
     from vlm.prompting import prompter_for
 
     quieten_libraries()
     # Questions are looked at first: a wrong picture should not wait for the weights.
     first = _questions(arguments)
-    model = downloaded(arguments.model, options.hub_from(arguments), lambda name: options.model_from(arguments, name))
+    hub = options.hub_from(arguments)
+    model = options.model_from(arguments, to_load=True)
     say(f"{model.name}: from the {'hub' if model.origin == 'hub' else model.origin} ({arguments.model})")
-    prompter = prompter_for(_folder_of(model), model.architecture)
+    prompter = prompter_for(small_files(stored_weights(model), hub), model.architecture, model.config)
     place = arguments.devices[0] if arguments.devices in ([name] for name in PLACES) else None
     plan = _plan(arguments, model, place, _asked(arguments, prompter, first, results))
     sampling = Sampling(
@@ -119,18 +120,11 @@ def _loaded(arguments: argparse.Namespace, results: Results | None, say: Say) ->
     )
     if first is not None:
         _refuse_early(plan, prompter, first, sampling)
-    placed = load_sharded(model, plan, devices=place, verify=arguments.verify)
+    placed = load_sharded(model, plan, devices=place, verify=arguments.verify, hub=hub)
     say(_where(plan))
     for line in placement_lines(placed) if arguments.verify else ():
         say(line)
     return placed, prompter, sampling
-
-
-def _folder_of(model: Model) -> Path:
-    from runtime.sources import model_with_weights
-    from vlm.hub import Hub
-
-    return model_with_weights(model, Hub(offline=True))[1].folder
 
 
 def _questions(arguments: argparse.Namespace) -> Question | None:

@@ -288,6 +288,20 @@ def test_a_hub_id_is_downloaded_loaded_and_then_loads_offline(llava: Any, llava_
     assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
 
 
+def test_what_is_refused_is_not_downloaded(llava: Any, llava_folder: Path, tmp_path: Path) -> None:
+    plan = llava[2]
+    with hub_server() as server:
+        server.repos["somebody/tiny-llava"] = llava_folder
+        hub = Hub(endpoint=server.url, cache=tmp_path)
+        with pytest.raises(PlanMismatchError):
+            load_sharded("somebody/tiny-llava", replace(plan, fingerprint="another"), devices="virtual", hub=hub)
+        with pytest.raises(MachineError, match="the plan takes"):
+            huge = dict.fromkeys(plan.memory, MemoryBreakdown(weights_bytes=2**60))
+            load_sharded("somebody/tiny-llava", replace(plan, memory=huge), devices="virtual", hub=hub)
+        whole_files = [line for line in server.requests if line.startswith("GET") and "bytes=" not in line]
+    assert not any(".safetensors" in line and "index" not in line for line in whole_files)
+
+
 def test_a_folder_wins_over_the_hub(llava: Any, llava_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "somebody").mkdir()
     (tmp_path / "somebody" / "tiny-llava").symlink_to(llava_folder)

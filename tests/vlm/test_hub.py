@@ -173,15 +173,36 @@ def test_an_index_that_points_outside_its_folder_is_refused(server: HubState, hu
             act("somebody/hostile")
 
 
-def test_a_model_of_pickles_is_downloaded_and_not_planned(server: HubState, hub: Hub, tmp_path: Path) -> None:
-    folder = tmp_path / "pickled"
+def pickled_model(folder: Path, config: str) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llava"}')
+    (folder / "config.json").write_text(config)
     torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
-    server.repos["somebody/pickled"] = folder
+    return folder
+
+
+def test_a_model_of_pickles_is_known_by_its_config_and_downloaded_to_load(
+    server: HubState, hub: Hub, tmp_path: Path
+) -> None:
+    server.repos["somebody/pickled"] = pickled_model(tmp_path / "pickled", '{"model_type": "llava"}')
+    model = find_model("somebody/pickled", fetch=hub.checkpoint)
+    assert model.checkpoint is not None
+    assert [path.name for path in model.checkpoint.pickles] == ["pytorch_model.bin"]
+    assert not any(request.startswith("GET") and "pytorch_model.bin" in request for request in server.requests)
     assert (hub.download("somebody/pickled") / "pytorch_model.bin").exists()
-    with pytest.raises(SourceError, match="no safetensors that can be read"):
-        hub.checkpoint("somebody/pickled")
+    assert replace(hub, offline=True).checkpoint("somebody/pickled").pickles
+
+
+def test_pickles_whose_headers_decide_are_to_be_converted(server: HubState, hub: Hub, tmp_path: Path) -> None:
+    config = '{"architectures": ["InternLM2ForCausalLM"]}'
+    server.repos["somebody/pickled"] = pickled_model(tmp_path / "pickled", config)
+    with pytest.raises(SourceError, match="pickled weights.* plan-devices convert"):
+        find_model("somebody/pickled", fetch=hub.checkpoint)
+
+
+def test_the_weights_are_wanted_from_the_hub_though_the_catalogue_knows_the_name(server: HubState, hub: Hub) -> None:
+    with pytest.raises(SourceError, match="there is no internlm/internlm2-7b on the hub"):
+        find_model("internlm/internlm2-7b", fetch=hub.checkpoint, to_load=True)
+    assert find_model("internlm2-7b", fetch=hub.checkpoint, to_load=True).origin == "catalogue"
 
 
 @pytest.mark.parametrize(

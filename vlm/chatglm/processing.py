@@ -6,7 +6,9 @@ An image is a square of `image_size` pixels, and takes `image_tokens` positions.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from planner.errors import SourceError
 from vlm.chat import ChatFormat
@@ -43,16 +45,16 @@ class ChatGLMProcessor(Processor):
         self.config = config
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> ChatGLMProcessor:
+    def from_folder(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> ChatGLMProcessor:
         """The processor of a model folder, from its config.json and tokenizer.model.
 
         Raises: SourceError when either is missing, unreadable or contradicts the other.
         """
         file = Path(path) / "config.json"
-        config = config_from(ChatGLMConfig, read_json(file), file)
+        made = config_from(ChatGLMConfig, config or read_json(file), file)
         tokenizer = read_tokenizer(path)
-        refuse_other_tokenizer(tokenizer.vocab_size, config.vocab_size, "padded_vocab_size", path)
-        return cls(tokenizer, config)
+        refuse_other_tokenizer(tokenizer.vocab_size, made.vocab_size, "padded_vocab_size", path)
+        return cls(tokenizer, made)
 
     def decode(self, ids: object) -> str:  # type: ignore[override]
         """Text of an answer's ids, up to the end of the turn, without the line break in front of it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlm.chat import ChatFormat
 from vlm.checkpoint import read_json
@@ -30,13 +32,13 @@ class InternLMProcessor(Processor):
         super().__init__(tokenizer, image_ids=frozenset())
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> InternLMProcessor:
+    def from_folder(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> InternLMProcessor:
         """The processor of a model folder, from its config.json and tokenizer.model.
 
         Raises: SourceError when either is missing, unreadable or contradicts the other.
         """
         file = Path(path) / "config.json"
-        config = config_from(InternLMConfig, read_json(file), file)
+        made = config_from(InternLMConfig, config or read_json(file), file)
         tokenizer = InternLMTokenizer.from_folder(path)
-        refuse_other_tokenizer(tokenizer.vocab_size, config.vocab_size, "vocab_size", path)
+        refuse_other_tokenizer(tokenizer.vocab_size, made.vocab_size, "vocab_size", path)
         return cls(tokenizer)

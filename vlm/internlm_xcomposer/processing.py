@@ -5,7 +5,9 @@ An image is a square, and takes as many positions as there are queries, and a be
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from planner.errors import SourceError
 from vlm.chat import ChatFormat
@@ -41,19 +43,19 @@ class XComposerProcessor(Processor):
         self.config = config
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> XComposerProcessor:
+    def from_folder(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> XComposerProcessor:
         """The processor of a model folder, from its config.json and tokenizer.model.
 
         Raises: SourceError when either is missing, unreadable or contradicts the other.
         """
         file = Path(path) / "config.json"
         tokenizer = InternLMTokenizer.from_folder(path)
-        values = {"image_token_id": tokenizer.id_of(IMAGE_PIECE), **read_json(file)}
+        values = {"image_token_id": tokenizer.id_of(IMAGE_PIECE), **(config or read_json(file))}
         if values["image_token_id"] is None:
             raise SourceError(f"{file} names no image_token_id, and the tokenizer has no piece {IMAGE_PIECE}: name one")
-        config = config_from(InternLMXComposerConfig, values, file)
-        refuse_other_tokenizer(tokenizer.vocab_size, config.vocab_size, "vocab_size", path)
-        return cls(tokenizer, config)
+        made = config_from(InternLMXComposerConfig, values, file)
+        refuse_other_tokenizer(tokenizer.vocab_size, made.vocab_size, "vocab_size", path)
+        return cls(tokenizer, made)
 
     def _prepared(self, image: ImageInput, num_images: int) -> PreparedImage:
         pixels = pixel_values(image, img_size=self.config.vision_config.image_size)

@@ -5,7 +5,9 @@ An image is a square, and takes one position per patch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from planner.errors import SourceError
 from vlm.checkpoint import read_checkpoint, read_json
@@ -44,13 +46,13 @@ class XComposer2Processor(Processor):
         super().__init__(tokenizer, image_ids=frozenset([self.image_token_id] if has_images else []))
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> XComposer2Processor:
+    def from_folder(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> XComposer2Processor:
         """The processor of a model folder, from its config.json and tokenizer.model.
 
         Raises: SourceError when either is missing, unreadable or contradicts the other.
         """
         file = Path(path) / "config.json"
-        config = read_json(file)
+        config = config or read_json(file)
         # Where the config names no class, the weights' names decide, as they do for planning.
         named = config.get("architectures") or [architecture_of_layout(read_checkpoint(Path(path)).tensors)]
         facts = InternLM2Facts.from_config({**config, "architectures": named}, str(file))

@@ -6,7 +6,9 @@ placeholder goes in front of everything, the system turn too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlm.chat import IMAGE_PLACEHOLDER
 from vlm.checkpoint import read_checkpoint, read_json
@@ -31,21 +33,21 @@ class XComposer2HDProcessor(XComposer2Processor):
         self.tiling = tiling
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> XComposer2HDProcessor:
+    def from_folder(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> XComposer2HDProcessor:
         """The processor of a model folder, from its config.json, weight headers and tokenizer.model.
 
         Raises: SourceError when one is missing, unreadable or contradicts another.
         """
         file = Path(path) / "config.json"
-        values = read_json(file)
+        values = config or read_json(file)
         if ARCHITECTURE not in values.get("architectures", []):
             tensors = read_checkpoint(Path(path)).tensors
             values = completed(values, {name: header.shape for name, header in tensors.items()}, str(path))
         tokenizer = InternLM2Tokenizer.from_folder(path)
         values = {"image_token_id": tokenizer.id_of(IMAGE_PIECE), **values}
-        config = config_from(InternLMXComposer2HDConfig, values, file)
-        refuse_other_tokenizer(tokenizer.vocab_size, config.vocab_size, "vocab_size", path)
-        return cls(tokenizer, tiling=config.tiling, image_token_id=config.image_token_id)
+        made = config_from(InternLMXComposer2HDConfig, values, file)
+        refuse_other_tokenizer(tokenizer.vocab_size, made.vocab_size, "vocab_size", path)
+        return cls(tokenizer, tiling=made.tiling, image_token_id=made.image_token_id)
 
     def _prepared(self, image: ImageInput, num_images: int) -> PreparedImage:
         pixels, tiles = tile_pixels(image, self.tiling, num_images=num_images)

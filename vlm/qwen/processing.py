@@ -6,8 +6,10 @@ An image is a square of `image_size` pixels. It is written as officially, number
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from planner.errors import SourceError
 from vlm.chat import IMAGE_PLACEHOLDER, ROLES, ChatFormat
@@ -47,16 +49,16 @@ class QWenProcessor(Processor):
         self.config = config
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> QWenProcessor:
+    def from_folder(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> QWenProcessor:
         """The processor of a model folder, from its config.json and qwen.tiktoken.
 
         Raises: SourceError when either is missing, unreadable or contradicts the other.
         """
         file = Path(path) / "config.json"
-        config = config_from(QWenConfig, read_json(file), file)
-        tokenizer = read_tokenizer(path, images=config.visual is not None)
-        refuse_other_tokenizer(tokenizer.vocab_size, config.vocab_size, "vocab_size", path)
-        return cls(tokenizer, config)
+        made = config_from(QWenConfig, config or read_json(file), file)
+        tokenizer = read_tokenizer(path, images=made.visual is not None)
+        refuse_other_tokenizer(tokenizer.vocab_size, made.vocab_size, "vocab_size", path)
+        return cls(tokenizer, made)
 
     def _text(self, prompt: Conversation, num_images: int, chat: bool) -> str:
         numbers = count(1)
