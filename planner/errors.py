@@ -5,6 +5,7 @@
     |-- ConstraintError        2   pins, limits or options that contradict each other or the model
     |-- SourceError            3   a model, checkpoint or file that cannot be read or is hostile
     |   `-- UnsupportedModelError  a model that can be read, but is of no known architecture
+    |       `-- NoClassError       one whose code is neither here nor in transformers
     |-- MachineError           3   a machine description or probe that gives no devices
     `-- PlanMismatchError      3   a plan that belongs to another checkpoint, machine or model
 
@@ -51,6 +52,10 @@ class SourceError(PlannerError):
 
 class UnsupportedModelError(SourceError):
     """A readable model of an architecture that is not known here."""
+
+
+class NoClassError(UnsupportedModelError):
+    """A model whose code is neither here nor in the installed transformers."""
 
 
 class MachineError(PlannerError):

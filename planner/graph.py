@@ -146,7 +146,8 @@ class ModuleGraph:
     """A model as a placement problem sees it.
 
     Activations are given by the groups' moments and lasting flows, or by the `intervals` of a trace. `valid` lists the
-    counts that a trace varied, `home` is None where every input goes to its consumer.
+    counts that a trace varied, `home` is None where every input goes to its consumer. `assumptions` are what costs rest
+    on where nothing was traced or read off code.
 
     Raises: ValueError for a group named twice, a module in two groups, or a flow or fusion of an unknown group.
     """
@@ -159,6 +160,7 @@ class ModuleGraph:
     intervals: tuple[Interval, ...] = ()
     home: Home | None = None
     valid: tuple[Range, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [group.id for group in self.groups]

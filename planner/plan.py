@@ -98,7 +98,8 @@ class Plan:
     """Where every module goes, what that costs, and what was asked.
 
     `placement` maps modules to devices in its shortest form; `device_map` is the same for a single host.
-    `extrapolated` names counts of the workload that lie outside what the costs were traced for.
+    `extrapolated` names counts of the workload that lie outside what the costs were traced for, `assumptions` what all
+    costs rest on where there was nothing to trace.
     """
 
     model: ModelSummary
@@ -116,6 +117,7 @@ class Plan:
     proof: Mapping[str, str] = field(default_factory=lambda: {"status": "unproven"})
     estimate: Estimate = field(default_factory=Estimate)
     extrapolated: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
     @property
     def device_map(self) -> dict[str, DeviceKey]:
@@ -151,6 +153,7 @@ class Plan:
             "boundaries": [asdict(boundary) for boundary in self.boundaries],
             "memory": {key: {**asdict(part), "total_bytes": part.total_bytes} for key, part in self.memory.items()},
             "capacity": {"kv_tokens": self.kv_tokens, "extrapolated": list(self.extrapolated)},
+            **({"assumptions": list(self.assumptions)} if self.assumptions else {}),
             "estimate": asdict(self.estimate),
             "solver": asdict(self.solver),
             "proof": dict(self.proof),
@@ -250,6 +253,7 @@ def make_plan(
         fingerprint=fingerprint,
         estimate=Estimate.of(evaluation.times, problem.quantities.batch),
         extrapolated=graph.extrapolated(problem.quantities),
+        assumptions=graph.assumptions,
     )
 
 
@@ -318,6 +322,7 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
         proof=dict(content["proof"]),
         estimate=_estimate_from(content["estimate"]),
         extrapolated=tuple(map(str, content["capacity"].get("extrapolated", ()))),
+        assumptions=tuple(map(str, content.get("assumptions", ()))),
     )
     if "input_ids" not in plan.input_devices:
         raise ValueError(f"input_devices names {list(plan.input_devices)}, not input_ids")

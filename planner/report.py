@@ -143,11 +143,15 @@ def _verdict(plan: Plan) -> Iterator[Text]:
     yield _times(plan)
     if plan.extrapolated:
         yield Text(f"Extrapolated beyond what was traced: {', '.join(plan.extrapolated)}.", style="yellow")
+    for assumption in plan.assumptions:
+        yield Text(f"Assumed: {assumption}.", style="yellow")
     solver = plan.solver
     yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
     if plan.proof.get("status") == "proven":
         yield Text.assemble("Proven to run: ", plan.proof.get("workload_class", ""), ".")
         yield Text(f"  hooks: {plan.proof.get('hooks')}; {plan.proof.get('versions')}", style="dim")
+    elif plan.assumptions:
+        yield Text("Not proven: there is no code to run. --trust-remote-code runs the model's own.", style="yellow")
     else:
         yield Text("Not proven by a run: --prove runs it at full size on virtual GPUs.", style="yellow")
 

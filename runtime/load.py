@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ def load_sharded(
     devices: Devices = None,
     verify: bool = False,
     hub: Hub | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in `source`, placed as `plan` says, ready to `generate`.
 
     `source` is a checkpoint folder, a hub id, or a model that `find_model` found; `hub` says how to reach the hub.
+    `trust_remote_code` runs the code that a checkpoint brings, where transformers has no class for it.
     Without a plan one is made for `machine`, or for the GPUs found here. `devices` is None for real GPUs, "virtual"
     for virtual ones, "cpu", or a list with one device for each of the plan's. `verify` compares every module's device
     with the plan and watches the first forward: what modules are given, and what meets between them (`.merges`). The
@@ -58,7 +61,7 @@ def load_sharded(
     when the devices are not there or too full; torch.OutOfMemoryError when one fills up. Whatever was placed is freed
     then.
     """
-    hub = hub or Hub()
+    hub = replace(hub or Hub(), with_code=True) if trust_remote_code else hub or Hub()
     model = model_to_load(source, hub)
     stored = stored_weights(model)
     refuse_quantised(model)

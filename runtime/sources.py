@@ -20,7 +20,8 @@ def model_to_load(source: str | Path | Model, hub: Hub) -> Model:
     """
     if not isinstance(source, str | Path):
         return source
-    return find_model(str(source), CostLibrary(_cache_folder(), trace_costs).find, hub.checkpoint, to_load=True)
+    find_costs = CostLibrary(_cache_folder(), trace_costs).find
+    return find_model(str(source), find_costs, hub.checkpoint, to_load=True, trust_remote_code=hub.with_code)
 
 
 def stored_weights(model: Model) -> Checkpoint:

@@ -36,13 +36,15 @@ class TensorHeader:
 class Checkpoint:
     """A readable folder: its config, and every weight's header by name.
 
-    `pickles` are its weight files where they are pickles, of which no header can be read without loading them.
+    `pickles` are its weight files where they are pickles, of which no header can be read without loading them. `code`
+    is the folder of the model's own code where that may be run.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
     pickles: tuple[Path, ...] = ()
+    code: Path | None = None
 
     @property
     def shards(self) -> tuple[Path, ...]:

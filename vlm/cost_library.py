@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from planner.cost_file import graph_from_dict, graph_to_dict
-from planner.errors import UnsupportedModelError
+from planner.errors import NoClassError, UnsupportedModelError
 from planner.textfile import write_atomically
 from planner.workload import ITEMSIZE, Workload
+from vlm.by_names.costs import costs_by_names
 from vlm.traced import ImageRule, TracedCosts, TracedModel, Tracer, costs_key
 from vlm.versions import installed_versions
 
@@ -37,6 +38,7 @@ class CostLibrary:
     def find(self, model: TracedModel, workload: Workload) -> TracedCosts:
         """The costs of `model` under a workload with its dtype decided.
 
+        A checkpoint without a class is judged by the names of its weights.
         Raises: UnsupportedModelError where nobody knows them and there is no tracer; whatever the tracer raises.
         """
         key = (model.config_digest, costs_key(workload))
@@ -57,7 +59,12 @@ class CostLibrary:
                 f"{model.name} has no costs on file for {costs_key(workload)}. They come from a trace, which the "
                 "command makes where torch is installed: pip install 'plan-devices[torch]'"
             )
-        costs = self.tracer(model, workload)
+        try:
+            costs = self.tracer(model, workload)
+        except NoClassError as problem:
+            if model.checkpoint is None or not model.checkpoint.tensors:
+                raise
+            return costs_by_names(model, model.checkpoint, workload, problem)
         if path:
             _keep(path, costs)
         return costs

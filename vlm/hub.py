@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
@@ -57,7 +57,8 @@ def is_repo_id(name: str) -> bool:
 class Hub:
     """How to reach the hub; every None is huggingface_hub's own default.
 
-    `revision` is a branch, tag or commit. `offline` uses what has been downloaded before, and asks no one.
+    `revision` is a branch, tag or commit. `offline` uses what has been downloaded before, and asks no one. `with_code`
+    says that a model's own code may be run: only then is it downloaded.
     """
 
     revision: str | None = None
@@ -65,6 +66,7 @@ class Hub:
     cache: Path | None = None
     offline: bool = False
     endpoint: str | None = None
+    with_code: bool = False
 
     def checkpoint(self, repo_id: str) -> Checkpoint:
         """The config and every weight's header, by range requests; its folder is `repo_id` itself.
@@ -73,17 +75,19 @@ class Hub:
         Raises: SourceError when the model is gated, missing, unreachable, damaged, or has no weights.
         """
         if self.offline or is_offline_mode():
-            return checkpoint_in(self._cached(repo_id))
+            here = self._cached(repo_id)
+            return replace(checkpoint_in(here), code=here if self.with_code else None)
         with _in_one_sentence(repo_id, self):
             names = self._names(repo_id)
-            here = self._snapshot(repo_id, _needed(names, ()))
+            here = self._snapshot(repo_id, self._needed(names))
             config = read_json(here / "config.json")
             shards = _shards(here, names)
             pickles = () if shards else tuple(Path(repo_id, name) for name in _pickles(names))
             if not shards and not pickles:
                 raise NotASafetensorsRepoError(f"{repo_id} holds no safetensors")
             tensors = self._headers(repo_id, shards)
-            return Checkpoint(folder=Path(repo_id), config=config, tensors=tensors, pickles=pickles)
+            code = here if self.with_code else None
+            return Checkpoint(folder=Path(repo_id), config=config, tensors=tensors, pickles=pickles, code=code)
 
     def small_files(self, repo_id: str) -> Path:
         """The folder with what a config, tokenizer or processor needs, and maybe no weights.
@@ -93,7 +97,7 @@ class Hub:
         if self.offline or is_offline_mode():
             return self._cached(repo_id)
         with _in_one_sentence(repo_id, self):
-            return self._snapshot(repo_id, _needed(self._names(repo_id), ()))
+            return self._snapshot(repo_id, self._needed(self._names(repo_id)))
 
     def download(self, repo_id: str) -> Path:
         """The folder that everything needed has been downloaded to; files that are there already are not fetched.
@@ -105,15 +109,20 @@ class Hub:
             return self._cached(repo_id)
         with _in_one_sentence(repo_id, self):
             names = self._names(repo_id)
-            here = self._snapshot(repo_id, _needed(names, ()))
+            here = self._snapshot(repo_id, self._needed(names))
             weights = _shards(here, names) or _pickles(names)
             if not weights:
                 raise SourceError(f"{repo_id} holds no weights that can be read: safetensors, or pytorch_model*.bin")
             if all((here / name).exists() for name in weights):
                 return here
-            folder = self._snapshot(repo_id, _needed(names, weights))
+            folder = self._snapshot(repo_id, [*self._needed(names), *weights])
             self._refuse_corrupt(repo_id, folder)
             return folder
+
+    def _needed(self, names: Iterable[str]) -> list[str]:
+        """What is downloaded beside weights: the small files of the top folder, code only where it may be run."""
+        patterns = (*SMALL_FILES, *(("*.py",) if self.with_code else ()))
+        return [name for name in names if "/" not in name and any(Path(name).match(pattern) for pattern in patterns)]
 
     def _api(self) -> HfApi:
         return HfApi(endpoint=self.endpoint, token=self.token)
@@ -164,15 +173,6 @@ class Hub:
                 f"{repo_id}: what was downloaded is not what the hub has: {', '.join(names[:3])} differ from their "
                 "checksums. They were removed; try again."
             )
-
-
-def _needed(names: Iterable[str], weights: Iterable[str]) -> list[str]:
-    """Patterns of what to download: the small files of the top folder, and these weights."""
-    return [*(name for name in names if "/" not in name and _is_small(name)), *weights]
-
-
-def _is_small(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in SMALL_FILES)
 
 
 def _shards(folder: Path, names: list[str]) -> list[str]:

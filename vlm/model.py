@@ -46,6 +46,10 @@ class Model(Protocol):
     def checkpoint(self) -> Checkpoint | None: ...
 
     @property
+    def code(self) -> Path | None:
+        """The folder of the model's own code, where that may be run."""
+
+    @property
     def has_images(self) -> bool:
         """Whether the model sees."""
 
@@ -79,20 +83,26 @@ Fetch = Callable[[str], Checkpoint]
 
 
 def find_model(
-    name_or_path: str, find_costs: Tracer | None = None, fetch: Fetch | None = None, *, to_load: bool = False
+    name_or_path: str,
+    find_costs: Tracer | None = None,
+    fetch: Fetch | None = None,
+    *,
+    to_load: bool = False,
+    trust_remote_code: bool = False,
 ) -> Model:
     """The model that MODEL stands for: an existing path, else a name of the catalogue, else an id on the hub.
 
     `find_costs` answers for architectures whose graph is not written down; without it only costs that ship are known.
     Without `fetch` nothing is looked up on the hub. A model `to_load` needs weights, which the catalogue has none of:
-    an id of the hub then wins over it.
+    an id of the hub then wins over it. `trust_remote_code` lets the code in a folder be run, for architectures that
+    have no class here; what comes from the hub says itself whether its code may.
     Raises: SourceError for an unknown name or a folder that cannot be read; UnsupportedModelError for a config that
     names no architecture.
     """
     find_costs = find_costs or CostLibrary().find
     path = path_of(name_or_path)
     if path is not None:
-        return _from_folder(path, find_costs)
+        return _from_folder(path, find_costs, trust_remote_code=trust_remote_code)
     if name_or_path.startswith((".", "/", "~")):
         raise SourceError(f"there is no folder {name_or_path}: check the path, or give a name from the catalogue")
     on_hub = fetch if "/" in name_or_path else None
@@ -128,13 +138,14 @@ def path_of(name_or_path: str) -> Path | None:
         return None
 
 
-def _from_folder(folder: Path, find_costs: Tracer) -> Model:
+def _from_folder(folder: Path, find_costs: Tracer, *, trust_remote_code: bool) -> Model:
     checkpoint = checkpoint_in(folder) if folder.is_file() or has_weights(folder) else None
     config = checkpoint.config if checkpoint else read_json(folder / "config.json")
     if checkpoint and checkpoint.pickles and _architecture(config, checkpoint, folder) in planned.ARCHITECTURES:
         # Compared with the config by their headers, which pickles do not have: reading them as safetensors says so.
         checkpoint = read_checkpoint(folder)
-    return _model_of(config, checkpoint, folder.resolve(), "folder", find_costs)
+    model = _model_of(config, checkpoint, folder.resolve(), "folder", find_costs)
+    return replace(model, code=folder) if trust_remote_code and isinstance(model, TracedModel) else model
 
 
 def _from_hub(repo_id: str, fetch: Fetch, find_costs: Tracer) -> Model:
@@ -144,7 +155,8 @@ def _from_hub(repo_id: str, fetch: Fetch, find_costs: Tracer) -> Model:
             f"{repo_id} has pickled weights, whose headers cannot be compared with its config: download it, and turn "
             "them into safetensors with plan-devices convert"
         )
-    return _model_of(checkpoint.config, checkpoint, Path(repo_id), "hub", find_costs)
+    model = _model_of(checkpoint.config, checkpoint, Path(repo_id), "hub", find_costs)
+    return replace(model, code=checkpoint.code) if isinstance(model, TracedModel) else model
 
 
 def _model_of(

@@ -71,15 +71,19 @@ class Prompter(Protocol):
         """The text of an answer's ids."""
 
 
-def prompter_for(folder: Path, architecture: str, config: Mapping[str, Any] | None = None) -> Prompter:
+def prompter_for(
+    folder: Path, architecture: str, config: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> Prompter:
     """The prompter of a checkpoint, by its config.json or the `config` of the model that was found there.
+
+    `trust_remote_code` runs the code of a processor or tokenizer that lies in the folder.
 
     Raises: SourceError when its processor's files are missing or damaged; UnsupportedModelError when the processor
     needs a package that is not there.
     """
     if architecture in FAMILIES:
         return OurPrompter(load_processor(folder, config))
-    return CheckpointPrompter(_processor(folder), folder)
+    return CheckpointPrompter(_processor(folder, trust_remote_code=trust_remote_code), folder)
 
 
 class OurPrompter:
@@ -167,13 +171,13 @@ def _content(question: Question) -> list[dict[str, str]] | str:
     return parts
 
 
-def _processor(folder: Path) -> Any:
+def _processor(folder: Path, *, trust_remote_code: bool) -> Any:
     """The folder's processor, complete or without its video part; its tokenizer where it has none."""
     verbosity = transformers_logging.get_verbosity()
     # It warns that pictures are processed by Pillow, which is what is wanted here.
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ImportError as problem:
         processor_class = _processor_class(folder)
         if processor_class is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -21,9 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from planner.errors import SourceError, UnsupportedModelError
+from planner.errors import NoClassError, SourceError, UnsupportedModelError
 from vlm.families import FAMILIES
 from vlm.model import Model
+from vlm.own_code import own_classes
 
 HUGE_NUMEL = 2**26
 """Elements: a rotary cache of a million positions has as many."""
@@ -46,10 +46,11 @@ def build_skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa")
     """The module tree of `model` in `dtype`, ready to be filled weight by weight.
 
     Buffers are computed for real, because no checkpoint contains them.
-    Raises: SourceError when a configuration cannot be made of the config; UnsupportedModelError for an architecture
-    that neither we nor the installed transformers have a class for, or whose class refuses the configuration.
+    Raises: SourceError when a configuration cannot be made of the config; NoClassError for an architecture that
+    neither we nor the installed transformers have a class for; UnsupportedModelError where its class refuses the
+    configuration.
     """
-    config_class, model_class = _classes(model.architecture, model.config, model.name)
+    config_class, model_class = _classes(model)
     try:
         config = config_class.from_dict(dict(model.config))
     except _REFUSALS as problem:
@@ -92,22 +93,23 @@ def _keep_in_float32(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
 
 
-def _classes(
-    architecture: str, config: Mapping[str, Any], name: str
-) -> tuple[type[PreTrainedConfig], type[PreTrainedModel] | None]:
-    """The configuration's class, and the model's where the architecture names one."""
-    if architecture in FAMILIES:
-        family = FAMILIES[architecture]
+def _classes(model: Model) -> tuple[type[PreTrainedConfig], type[PreTrainedModel] | None]:
+    """The configuration's class, and the model's where the architecture names one; the model's own code comes last."""
+    if model.architecture in FAMILIES:
+        family = FAMILIES[model.architecture]
         configuration = import_module(f"{family.package}.configuration")
         modeling = import_module(f"{family.package}.modeling")
         return getattr(configuration, family.config_class), getattr(modeling, family.model_class)
-    model_type = config.get("model_type")
+    model_type = model.config.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModelError(
-            f"{name} has model_type {model_type!r} and architecture {architecture!r}: neither transformers "
-            f"{transformers.__version__} nor this version has a class for it"
+        if model.code is not None:
+            return own_classes(model.code, model.config)
+        own = "; it brings code of its own, which --trust-remote-code runs" if "auto_map" in model.config else ""
+        raise NoClassError(
+            f"{model.name} has model_type {model_type!r} and architecture {model.architecture!r}: neither transformers "
+            f"{transformers.__version__} nor this version has a class for it{own}"
         )
-    found = getattr(transformers, architecture, None)
+    found = getattr(transformers, model.architecture, None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     return CONFIG_MAPPING[model_type], found if is_model else None
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from planner.errors import ConstraintError
@@ -71,8 +72,8 @@ Tracer = Callable[["TracedModel", Workload], TracedCosts]
 class TracedModel:
     """A model of any architecture. `find_costs` answers for each kind of workload that is asked about.
 
-    `catalogue_stem` names the catalogue's file, where the model is from there. What all costs of a model agree on is
-    read off those that were found first.
+    `catalogue_stem` names the catalogue's file, where the model is from there; `code` is the folder of the model's own
+    code where that may be run. What all costs of a model agree on is read off those that were found first.
     """
 
     name: str
@@ -83,6 +84,7 @@ class TracedModel:
     find_costs: Tracer
     checkpoint: Checkpoint | None = None
     catalogue_stem: str | None = None
+    code: Path | None = None
     _found: list[TracedCosts] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -109,9 +111,11 @@ class TracedModel:
 
     @property
     def config_digest(self) -> str:
-        """A hash of what the config says about the modules."""
+        """A hash of what the config says about the modules, and of the model's own code where that makes them."""
         content = {key: value for key, value in self.config.items() if key not in VOLATILE_KEYS}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        said = json.dumps(content, sort_keys=True, default=str).encode()
+        sources = sorted(self.code.glob("*.py")) if self.code else []
+        return hashlib.sha256(b"".join([said, *(path.read_bytes() for path in sources)])).hexdigest()[:16]
 
     def resolved(self, workload: Workload) -> Workload:
         """`workload` with every "auto" and default decided for this model.

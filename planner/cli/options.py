@@ -77,19 +77,30 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """--revision, --token, --cache-dir and --offline, for a MODEL that is an id on the hub."""
+    """--revision, --token, --cache-dir and --offline, for a MODEL on the hub, and --trust-remote-code for any."""
     hub = parser.add_argument_group("hub")
     hub.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
     hub.add_argument("--token", metavar="TOKEN", help="for gated and private models")
     hub.add_argument("--cache-dir", type=Path, metavar="FOLDER")
     hub.add_argument("--offline", action="store_true", help="use what has been downloaded before")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that MODEL brings, where transformers has no class for it",
+    )
 
 
 def hub_from(arguments: argparse.Namespace) -> Hub:
     """The hub as the arguments want it reached."""
     from vlm.hub import Hub
 
-    return Hub(revision=arguments.revision, token=arguments.token, cache=arguments.cache_dir, offline=arguments.offline)
+    return Hub(
+        revision=arguments.revision,
+        token=arguments.token,
+        cache=arguments.cache_dir,
+        offline=arguments.offline,
+        with_code=arguments.trust_remote_code,
+    )
 
 
 def model_from(arguments: argparse.Namespace, *, to_load: bool = False) -> Model:
@@ -112,7 +123,13 @@ def model_from(arguments: argparse.Namespace, *, to_load: bool = False) -> Model
 
     folder = cache_folder()
     costs = CostLibrary(folder, trace).find
-    return find_model(arguments.model, costs, lambda repo_id: hub_from(arguments).checkpoint(repo_id), to_load=to_load)
+    return find_model(
+        arguments.model,
+        costs,
+        lambda repo_id: hub_from(arguments).checkpoint(repo_id),
+        to_load=to_load,
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def workload_from(arguments: argparse.Namespace, model: Model) -> Workload:

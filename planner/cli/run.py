@@ -110,7 +110,9 @@ def _loaded(arguments: argparse.Namespace, results: Results | None, say: Say) ->
     hub = options.hub_from(arguments)
     model = options.model_from(arguments, to_load=True)
     say(f"{model.name}: from the {'hub' if model.origin == 'hub' else model.origin} ({arguments.model})")
-    prompter = prompter_for(small_files(stored_weights(model), hub), model.architecture, model.config)
+    folder = small_files(stored_weights(model), hub)
+    trusted = arguments.trust_remote_code
+    prompter = prompter_for(folder, model.architecture, model.config, trust_remote_code=trusted)
     place = arguments.devices[0] if arguments.devices in ([name] for name in PLACES) else None
     plan = _plan(arguments, model, place, _asked(arguments, prompter, first, results))
     sampling = Sampling(

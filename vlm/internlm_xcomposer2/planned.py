@@ -39,6 +39,10 @@ class InternLM2Model:
         return self.facts.architecture
 
     @property
+    def code(self) -> None:
+        """Its code is here: none of its own is run."""
+
+    @property
     def has_images(self) -> bool:
         """Whether the model sees."""
         return self.facts.vision is not None

@@ -1,0 +1,1 @@
+"""Models that nobody here has code for: what the names and shapes of their weights say, and what is assumed beside."""
