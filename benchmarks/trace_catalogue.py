@@ -101,7 +101,7 @@ def traced_models(names: Sequence[str]) -> Iterator[TracedModel]:
     for stem in dict.fromkeys(catalogue_names().values()):
         if not names or any(name in stem for name in names):
             model = find_model(stem)
-            if isinstance(model, TracedModel):
+            if isinstance(model, TracedModel) and model.catalogue_stem == stem:  # others share these costs
                 yield model
 
 
@@ -140,9 +140,10 @@ def widest_costs(
 def _axes(base: Workload, pictures: Pictures, window: int | None) -> Iterator[Axes]:
     """What may vary, most first."""
     texts: tuple[tuple[int, ...], ...] = (TEXTS,)
-    if window is not None and window < TEXTS[-1]:
+    if window is not None and window <= TEXTS[-1]:
         bend = window - IMAGES[-1] * pictures.image_tokens
-        texts = ((TEXTS[0], bend // 2, bend), (window, (window + TEXTS[-1]) // 2, TEXTS[-1]))
+        longest = max(TEXTS[-1], window + window // 4)
+        texts = ((TEXTS[0], bend // 2, bend), (window, (window + longest) // 2, longest))
     several = base.num_images and pictures.patches <= MOST_PATCHES
     if several and pictures.any_size:
         yield Axes(texts=texts, images=IMAGES, sizes=SIZES)

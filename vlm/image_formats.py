@@ -356,8 +356,8 @@ def fitted_size(request: ImageRequest, asked: int | tuple[int, int] | None = Non
     """Height and width in pixels: what was asked for in steps that the model can merge, or its one fixed size."""
     native = setting(request.vision, "image_size", "resolution")
     form = image_format(request)
-    if native is not None and (asked is None or not form.any_size):
+    if native is not None and not form.any_size:
         return as_pair(native)
-    height, width = as_pair(asked or DEFAULT_SIDE_PX)
+    height, width = as_pair(asked or native or DEFAULT_SIDE_PX)
     step = 1 if form is TILES else request.step_px
     return max(step, round(height / step) * step), max(step, round(width / step) * step)

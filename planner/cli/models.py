@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from planner.cli import options
 from planner.units import GIB
 from planner.workload import ITEMSIZE
-from vlm.catalogue import catalogue_names, lookup
+from vlm.catalogue import catalogue_names, lookup, unavailable_names
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,5 +19,8 @@ def run(argv: Sequence[str]) -> int:
     print(f"{'name':<{width}}  {'parameters':>15}  {'weights':>19}  architecture")
     for name, entry in entries.items():
         weights = f"{entry.parameters * ITEMSIZE[entry.dtype] / GIB:.2f} GiB {entry.dtype}"
-        print(f"{name:<{width}}  {entry.parameters:>15,}  {weights:>19}  {entry.config['architectures'][0]}")
+        remark = " (partly inferred)" if entry.inferred else ""
+        print(f"{name:<{width}}  {entry.parameters:>15,}  {weights:>19}  {entry.config['architectures'][0]}{remark}")
+    for name, reason in unavailable_names().items():
+        print(f"{name:<{width}}  not by its name: {reason}")
     return 0

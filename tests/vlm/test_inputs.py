@@ -13,6 +13,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     MllamaConfig,
+    PaddleOCRVLConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3_5Config,
@@ -133,6 +134,13 @@ def test_full_size_images_take_the_documented_positions(name):
     assert inputs["input_ids"].shape == (1, 20 + expected)
     placeholder = getattr(config, "image_token_id", None) or config.image_token_index
     assert (inputs["input_ids"] == placeholder).sum() == expected
+
+
+def test_a_native_size_is_rounded_to_what_the_model_merges():
+    rope = {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [16, 24, 24]}
+    config = PaddleOCRVLConfig(text_config={"rope_parameters": rope})
+    assert (config.vision_config.image_size, config.vision_config.patch_size) == (384, 14)
+    assert example_inputs(config)["image_grid_thw"].tolist() == [[1, 28, 28]]
 
 
 def test_a_model_without_data_is_answered_by_its_twin():

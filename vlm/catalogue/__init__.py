@@ -15,7 +15,11 @@ from planner.textfile import read_mapping
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """One data file: names as on the hub in lower case, the config's facts, and their source."""
+    """One data file: names as on the hub in lower case, the config's facts, and their source.
+
+    `inferred` says which numbers of a model without a public config are not published ones; empty for all others.
+    `like` names the entry of the same modules in other precision, whose costs it shares.
+    """
 
     name: str
     organisation: str
@@ -24,17 +28,35 @@ class CatalogueEntry:
     parameters: int
     source: str
     config: Mapping[str, Any]
+    inferred: str = ""
+    like: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnavailableEntry:
+    """A name that people ask for, though nothing public says what to plan; `unavailable` is the reason."""
+
+    name: str
+    organisation: str
+    aliases: tuple[str, ...]
+    unavailable: str
 
 
 def catalogue_names() -> dict[str, str]:
-    """Every name, aliases included, to the stem of its data file; sorted."""
-    return dict(sorted(_names().items()))
+    """Every name that can be planned, aliases included, to the stem of its data file; sorted."""
+    return {name: stem for name, stem in sorted(_names().items()) if isinstance(_read(stem), CatalogueEntry)}
+
+
+def unavailable_names() -> dict[str, str]:
+    """Every name that is known and cannot be planned, to the reason; sorted."""
+    entries = {name: _read(stem) for name, stem in sorted(_names().items())}
+    return {name: entry.unavailable for name, entry in entries.items() if isinstance(entry, UnavailableEntry)}
 
 
 def lookup(name: str) -> CatalogueEntry:
     """The entry of a hub name, in any case, with or without its organisation.
 
-    Raises: SourceError offering near matches for an unknown name.
+    Raises: SourceError offering near matches for an unknown name, or saying why a known one cannot be planned.
     """
     organisation, _, short = name.strip().lower().rpartition("/")
     stem = _names().get(short)
@@ -46,6 +68,8 @@ def lookup(name: str) -> CatalogueEntry:
             f"{name!r} is neither a folder here nor a model in the catalogue. {hint} "
             "A model of the hub is named organisation/name."
         )
+    if isinstance(entry, UnavailableEntry):
+        raise SourceError(f"{name!r} cannot be planned by its name: {entry.unavailable}")
     return entry
 
 
@@ -59,6 +83,16 @@ def _names() -> dict[str, str]:
 
 
 @cache
-def _read(stem: str) -> CatalogueEntry:
+def _read(stem: str) -> CatalogueEntry | UnavailableEntry:
     content = read_mapping(Path(__file__).with_name(f"{stem}.yaml"), "catalogue file", SourceError)
-    return CatalogueEntry(name=stem, aliases=tuple(content.pop("aliases", ())), **content)
+    entry = UnavailableEntry if "unavailable" in content else CatalogueEntry
+    if "like" in content:
+        content = _merged(content, _read(content["like"]))
+    return entry(name=stem, aliases=tuple(content.pop("aliases", ())), **content)
+
+
+def _merged(content: dict[str, Any], same: CatalogueEntry | UnavailableEntry) -> dict[str, Any]:
+    """What a file adds to another entry's config, with that."""
+    assert isinstance(same, CatalogueEntry), f"{same.name} has no config to share"
+    shared = {"dtype": same.dtype, "parameters": same.parameters, "inferred": same.inferred}
+    return {**shared, **content, "config": {**same.config, **content.get("config", {})}}

@@ -1,0 +1,65 @@
+"""Writes the plans of the named models anew: `PYTHONPATH=. python tests/vlm/golden_plans/update.py`; read the diff.
+
+For each model: its plan on the smallest of some equal machines that holds the default workload, and on one A100 40G.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from planner.errors import InfeasibleError
+from planner.machine import Machine
+from planner.report import report
+from vlm.model import find_model
+from vlm.planning import plan_for
+
+FOLDER = Path(__file__).parent
+SMALLEST_OF = ("1x24GiB", "2x24GiB", "4x24GiB", "8x24GiB")
+ONE_LARGE = "a100-40g"
+NAMES = (
+    *("internlm-xcomposer-7b", "internlm-xcomposer-vl-7b"),
+    *("internlm-xcomposer2-7b", "internlm-xcomposer2-vl-7b", "internlm-xcomposer2-4khd-7b"),
+    *("internlm-xcomposer2d5-7b", "internlm-xcomposer2d5-ol-7b"),
+    *("internlm-7b", "internlm-20b", "internlm-chat-7b", "internlm-chat-20b"),
+    *("internlm2-1_8b", "internlm2-7b", "internlm2-20b", "internlm-104b"),
+    *("qwen-7b-chat", "qwen-7b-chat-int4", "qwen-7b-chat-int8", "qwen-vl-chat"),
+    *("glm-4v-9b", "glm-4-9b-chat"),
+    *("llama-2-7b-hf", "llama-2-13b-hf", "llama-2-70b-hf"),
+)
+
+
+def text_of(name: str) -> str:
+    """Both reports, as a terminal of 100 columns without colour shows them; why, where one does not fit."""
+    model = find_model(name)
+    smallest, text = next(
+        ((spec, text) for spec in SMALLEST_OF for text in _reported(model, spec) if text is not None), (None, "")
+    )
+    parts = [f"== {smallest or f'more than {SMALLEST_OF[-1]}'}\n", text, f"\n== {ONE_LARGE}\n"]
+    try:
+        parts.append(_shown(report(plan_for(model, Machine.parse(ONE_LARGE)))))
+    except InfeasibleError as problem:
+        parts.append(f"{problem}\n")
+    return "".join(parts)
+
+
+def _reported(model, spec: str) -> Iterator[str]:
+    """The report on a machine; nothing where the model does not fit."""
+    try:
+        yield _shown(report(plan_for(model, Machine.parse(spec))))
+    except InfeasibleError:
+        return
+
+
+def _shown(renderable) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=100, no_color=True, highlight=False).print(renderable)
+    return "".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines())
+
+
+if __name__ == "__main__":
+    for name in NAMES:
+        (FOLDER / f"{name}.txt").write_text(text_of(name), encoding="utf-8")
