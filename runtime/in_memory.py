@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from planner.errors import MachineError
+from planner.errors import MachineError, PlanMismatchError
 from planner.paths import owner
 from planner.plan import DeviceKey, Plan
 from runtime.boundary import attach_boundaries, refuse_moves
@@ -27,17 +27,27 @@ def shard(
     with GPUs puts on "cpu" rests there and is copied to a GPU to run, which `model.offload` prices.
     Raises: PlanMismatchError when a tensor has no device; MachineError when the devices are not there.
     """
+    _refuse_to_quantise(model, plan_or_device_map)
     device_map = _torch_map(plan_or_device_map, devices)
     refuse_uncovered(model, device_map)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         _move(model, name, tensor, device_map[owner(name, device_map) or ""])
-    running = running_map(device_map)
+    running = _running(plan_or_device_map, device_map)
     model.offload = attach_offload(model, device_map, running)
     attach_boundaries(model, running, _home(plan_or_device_map, running))
     refuse_moves(model)
     model.hf_device_map = dict(device_map)
     return model
+
+
+def _refuse_to_quantise(model: nn.Module, given: object) -> None:
+    """Raise PlanMismatchError for a plan of quantised weights and a model of plain ones, which stay so here."""
+    if isinstance(given, Plan) and given.quantization is not None and not getattr(model, "is_quantized", False):
+        raise PlanMismatchError(
+            f"the plan is for weights in {', '.join(given.quantization.layouts)}, and this model's are plain: "
+            "load_sharded quantises them while it loads them"
+        )
 
 
 def _move(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
@@ -64,6 +74,14 @@ def _torch_map(given: Plan | Mapping[str, DeviceKey | str | torch.device], devic
     if len(chosen) < len(indices):
         raise MachineError(f"devices lists {len(chosen)} devices, the device map's integers go up to {indices[-1]}")
     return {name: chosen[value] if isinstance(value, int) else torch.device(value) for name, value in given.items()}
+
+
+def _running(given: object, device_map: Mapping[str, torch.device]) -> dict[str, torch.device]:
+    """Where what rests on the host runs: with its stage, or in a map that has none, with what stands before it."""
+    if not isinstance(given, Plan):
+        return running_map(device_map)
+    places = {key: device_map[name] for name, key in given.placement.items()}
+    return {name: places[key] for name, key in given.running.items()}
 
 
 def _home(given: object, device_map: Mapping[str, torch.device]) -> torch.device:

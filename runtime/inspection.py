@@ -12,6 +12,7 @@ from planner.errors import PlanMismatchError
 from planner.paths import contains
 from planner.units import format_bytes
 from runtime.placed import Placed
+from runtime.quantised import held_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,5 +92,5 @@ def _placement(model: nn.Module, name: str, device: torch.device) -> ModulePlace
         module=name,
         planned=device,
         found=tuple(dict.fromkeys(tensor.device for tensor in tensors)),
-        num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        num_bytes=sum(part.nbytes for tensor in tensors for part in held_tensors(tensor)),
     )

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 def quieten_libraries() -> None:
     """Keep back what transformers, accelerate and the hub say about choices that a user of ours did not make."""
     transformers_logging.set_verbosity(logging.ERROR)
-    for name in ("accelerate", "huggingface_hub"):
+    for name in ("accelerate", "bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

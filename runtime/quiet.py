@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LIBRARIES = ("transformers", "accelerate")
+LIBRARIES = ("transformers", "accelerate", "bitsandbytes")
 
 
 @contextmanager

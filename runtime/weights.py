@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import Condition
 from types import EllipsisType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,12 +22,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, caching_allocator_warmup
+from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from planner.errors import SourceError
 from planner.paths import owner
 from runtime.devices import refuse_uncovered
+from runtime.quantised import eager, finish_layers, swap_layers
 from vlm.checkpoint import Checkpoint
 from vlm.convert import open_pickles
 
@@ -34,6 +37,8 @@ OnBytes = Callable[[int], object]
 """Is told the bytes of each weight that has arrived, from any thread."""
 
 MAX_NAMES_SHOWN = 3
+META = torch.device("meta")
+"""In a map: a weight that another process holds."""
 
 
 class Reading:
@@ -49,7 +54,7 @@ class Reading:
         self._stopped = False
         self._placed: list[weakref.ref[torch.Tensor]] = []
 
-    def place(self, read: Callable[[], torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def place(self, read: Callable[[], torch.Tensor], device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         """What `read` returns, on its device in its dtype. Raises: RuntimeError after `stop`."""
         with self._changed:
             if self._stopped:
@@ -92,17 +97,29 @@ class Reading:
 class StoredWeight:
     """Stands for a weight on disk: what transformers' loader takes for a lazy slice, read by `to` and not before."""
 
-    __slots__ = ("_read", "_reading")
+    __slots__ = ("_header", "_read", "_reading")
 
-    def __init__(self, reading: Reading, read: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self, reading: Reading, read: Callable[[], torch.Tensor], header: Callable[[], tuple[str, Sequence[int]]]
+    ) -> None:
         self._reading = reading
         self._read = read
+        self._header = header
 
     def __getitem__(self, everything: EllipsisType) -> StoredWeight:
         return self
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The weight, read now and placed."""
+    def get_dtype(self) -> str:
+        """The stored dtype, as safetensors names it."""
+        return self._header()[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        """The weight, read now and placed, in its own dtype where none is given.
+
+        On the meta device, where other processes' weights are, nothing is read.
+        """
+        if device == META:
+            return torch.empty(list(self._header()[1]), dtype=dtype, device=META)
         return self._reading.place(self._read, device, dtype)
 
 
@@ -111,19 +128,26 @@ def load_weights(
     checkpoint: Checkpoint,
     device_map: Mapping[str, torch.device],
     on_bytes: OnBytes = lambda num_bytes: None,
+    quantiser: HfQuantizer | None = None,
 ) -> None:
     """Fill `skeleton` from `checkpoint`, then move its buffers, all as `device_map` says.
 
+    Weights that `quantiser` is for are quantised on their device, or are so in the files. What the map has on the meta
+    device is not read.
     Raises: PlanMismatchError when the map leaves a tensor without a device; SourceError when a shard breaks, or the
     weights are not those of the skeleton; torch.OutOfMemoryError when a device is full. What was placed until then is
     still held by the skeleton alone.
     """
     refuse_uncovered(skeleton, device_map)
-    _take_memory_at_once(skeleton, device_map)
+    if quantiser is not None:
+        swap_layers(skeleton, quantiser, device_map)
+    _take_memory_at_once(skeleton, device_map, quantiser)
     with ExitStack() as files, Reading(on_bytes) as reading:
+        if quantiser is not None:
+            files.enter_context(eager())
         try:
             weights = _stored_weights(checkpoint, reading, files)
-            info = _converted(skeleton, weights, device_map)
+            info = _converted(skeleton, weights, device_map, quantiser)
         except SafetensorError as problem:
             raise SourceError(f"a shard in {checkpoint.folder} breaks off: {problem}. Download it again") from problem
     _refuse_unlike(info, checkpoint)
@@ -132,6 +156,8 @@ def load_weights(
     for name, buffer in list(skeleton.named_buffers()):
         module, leaf = parent(skeleton, name)
         module._buffers[leaf] = buffer.to(device_of(name, device_map))
+    if quantiser is not None:
+        finish_layers(skeleton, quantiser)
 
 
 def device_of(name: str, device_map: Mapping[str, torch.device]) -> torch.device:
@@ -149,20 +175,41 @@ def _stored_weights(checkpoint: Checkpoint, reading: Reading, files: ExitStack) 
     """Every weight by its stored name, unread; `files` closes what was opened."""
     if checkpoint.pickles:
         tensors = open_pickles(checkpoint.folder)
-        return {name: StoredWeight(reading, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+        return {
+            name: StoredWeight(reading, lambda tensor=tensor: tensor, lambda tensor=tensor: _tensor_header(tensor))
+            for name, tensor in tensors.items()
+        }
     found: dict[str, StoredWeight] = {}
     for shard in checkpoint.shards:
         opened = files.enter_context(safe_open(shard, framework="pt", device="cpu"))
         for name in opened.keys():  # noqa: SIM118 - not a dict
-            found[name] = StoredWeight(reading, lambda opened=opened, name=name: opened.get_tensor(name))
+            found[name] = StoredWeight(
+                reading,
+                lambda opened=opened, name=name: opened.get_tensor(name),
+                lambda opened=opened, name=name: _slice_header(opened.get_slice(name)),
+            )
     return found
 
 
+def _tensor_header(tensor: torch.Tensor) -> tuple[str, Sequence[int]]:
+    return ("F32" if tensor.is_floating_point() else "I64"), tensor.shape
+
+
+def _slice_header(part: Any) -> tuple[str, Sequence[int]]:
+    return part.get_dtype(), part.get_shape()
+
+
 def _converted(
-    skeleton: PreTrainedModel, weights: Mapping[str, StoredWeight], device_map: Mapping[str, torch.device]
+    skeleton: PreTrainedModel,
+    weights: Mapping[str, StoredWeight],
+    device_map: Mapping[str, torch.device],
+    quantiser: HfQuantizer | None,
 ) -> LoadStateDictInfo:
     config = LoadStateDictConfig(
-        device_map=dict(device_map), dtype=skeleton.dtype, weight_mapping=get_model_conversion_mapping(skeleton)
+        device_map=dict(device_map),
+        dtype=skeleton.dtype,
+        weight_mapping=get_model_conversion_mapping(skeleton, None, quantiser),
+        hf_quantizer=quantiser,
     )
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -174,13 +221,15 @@ def _converted(
     return info
 
 
-def _take_memory_at_once(skeleton: PreTrainedModel, device_map: Mapping[str, torch.device]) -> None:
+def _take_memory_at_once(
+    skeleton: PreTrainedModel, device_map: Mapping[str, torch.device], quantiser: HfQuantizer | None
+) -> None:
     """One large allocation per GPU that torch's allocator then cuts up: one per weight takes longer than the copies."""
     named = (*skeleton.named_parameters(), *skeleton.named_buffers())
     devices = {name: device_of(name, device_map) for name, _ in named}
     on_gpus = {name: device for name, device in devices.items() if device.type == "cuda"}
     if on_gpus:
-        caching_allocator_warmup(skeleton, on_gpus, None)
+        caching_allocator_warmup(skeleton, on_gpus, quantiser)
 
 
 def _refuse_unlike(info: LoadStateDictInfo, checkpoint: Checkpoint) -> None:
@@ -208,7 +257,11 @@ def _initialise_optional(
     skeleton: PreTrainedModel, device_map: Mapping[str, torch.device], checkpoint: Checkpoint
 ) -> None:
     """Give weights that checkpoints may leave out, because nothing reads them, the values a new model has."""
-    missing = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
+    missing = [
+        name
+        for name, parameter in skeleton.named_parameters()
+        if parameter.is_meta and device_of(name, device_map) != META
+    ]
     unexplained = [name for name in missing if not _matches(name, skeleton._keys_to_ignore_on_load_missing or ())]
     if unexplained:
         shown = ", ".join(unexplained[:MAX_NAMES_SHOWN])

@@ -24,13 +24,15 @@ from planner.diagnosis.map_hazards import (
 from planner.errors import ConstraintError, InfeasibleError, PlanMismatchError, UnsupportedModelError
 from planner.machine import Machine
 from planner.plan import Plan
+from planner.quantisation import Layout
 from planner.workload import Workload
 from runtime.diagnosis.classify import involved
+from runtime.diagnosis.held import HeldWeights
 from runtime.diagnosis.map_case import MapCase, first_line
 from runtime.diagnosis.map_costs import cost_findings, costs_of
 from runtime.diagnosis.map_run import STOPS
 from runtime.diagnosis.run_findings import run_findings
-from runtime.planning import plan_model
+from runtime.planning import plan_model, plan_of_module, problem_of_module
 from runtime.steps import Steps, forward_and_decode
 from runtime.trace import prompt_of
 
@@ -46,11 +48,13 @@ def diagnose(
     workload: Workload | None = None,
     steps: Steps | None = None,
     environment: Mapping[str, str] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Diagnosis:
     """What is wrong with `device_map` for `model`, whose forward takes `inputs`.
 
     `machine` adds memory, traffic and idle time, beside a plan of ours for `workload`. `environment` holds launcher
-    variables. `steps` replaces the forward and the decode steps that are run.
+    variables. `steps` replaces the forward and the decode steps that are run. `layouts` are those of linear layers
+    whose weights will be in fewer bits: the map is run with plain ones, and memory counted as theirs.
     Raises: PlanMismatchError for a map that is none, or names GPUs that the machine lacks; ConstraintError for a
     machine of several hosts; UnsupportedModelError when the model does not even run whole.
     """
@@ -59,7 +63,8 @@ def diagnose(
         if len(machine.hosts) > 1:
             raise ConstraintError(f"hosts {', '.join(machine.hosts)}: a map is for one process, so for one host")
         refuse_unknown_devices(given, machine)
-    case = MapCase(model, inputs, given, steps or forward_and_decode(NUM_DECODE_STEPS))
+    held = HeldWeights.of(model, layouts or {}, prompt_of(inputs).numel())
+    case = MapCase(model, inputs, given, steps or forward_and_decode(NUM_DECODE_STEPS), held)
     findings = [*coverage_findings(given, case.names, case.home), *spelling_findings(given)]
     findings += [*order_findings(given, case.home), *launcher_findings(given, environment or {})]
     findings += run_findings(case)
@@ -112,8 +117,15 @@ def _compared(
     is_run = case.forward.stop is None and case.given.gpus
     given = costs_of("this map", case.costed, machine, positions, failed) if is_run else None
     try:
-        plan = plan_model(case.model, case.inputs, machine=machine, workload=workload, steps=case.steps)
+        plan = _our_plan(case, machine, workload)
     except (InfeasibleError, UnsupportedModelError, ConstraintError, *STOPS) as problem:
         return given, None, (f"No plan of ours to compare with: {first_line(problem)}",)
-    ours = MapCase(case.model, case.inputs, given_map(plan.device_map, "our plan"), case.steps)
+    ours = MapCase(case.model, case.inputs, given_map(plan.device_map, "our plan"), case.steps, case.held)
     return given, costs_of("our plan", ours.costed, machine, positions), ()
+
+
+def _our_plan(case: MapCase, machine: Machine, workload: Workload) -> Plan:
+    if not case.held.layouts:
+        return plan_model(case.model, case.inputs, machine=machine, workload=workload, steps=case.steps)
+    problem, asked = problem_of_module(case.model, case.inputs, machine, workload, case.held.layouts)
+    return plan_of_module(case.model, problem, asked)

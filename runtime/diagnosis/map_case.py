@@ -21,6 +21,7 @@ from planner.paths import owner
 from runtime.atoms import find_atoms
 from runtime.diagnosis.classify import Roles
 from runtime.diagnosis.cuda_literals import CudaLiterals
+from runtime.diagnosis.held import HeldWeights
 from runtime.diagnosis.map_costs import CostedRun
 from runtime.diagnosis.map_run import STOPS, MapRun, Setting, run_map
 from runtime.diagnosis.repair import completed, repair
@@ -53,9 +54,18 @@ def _non_persistent(model: nn.Module) -> Iterator[str]:
 class MapCase:
     """A map and a model together, and the runs that were made of them."""
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], given: GivenMap, steps: Steps) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        given: GivenMap,
+        steps: Steps,
+        held: HeldWeights | None = None,
+    ) -> None:
         self.model, self.inputs, self.given, self.steps = model, inputs, given, steps
-        self.names = names_of(model)
+        self.held = held or HeldWeights()
+        plain = names_of(model)
+        self.names = replace(plain, parameters={**plain.parameters, **self.held.num_bytes})
         self.home = main_device(given)
         self.notes: tuple[str, ...] = ()
         self._can_generate = isinstance(model, PreTrainedModel) and model.can_generate()
@@ -129,6 +139,7 @@ class MapCase:
             names=self.names,
             placement=self.runnable,
             home=self.home,
+            held=self.held,
         )
 
     def repaired(self) -> Repair | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planner.diagnosis.coverage import ModelNames
 from planner.diagnosis.diagnosis import OFFLOADED, Block, Crossing, DeviceLoad, Finding, MapCosts, Place
@@ -12,6 +12,7 @@ from planner.machine import Device, Machine
 from planner.memory import LABELS, WORKSPACE_BYTES, MemoryBreakdown
 from planner.paths import collapse, contains, owner
 from planner.units import KIB, format_bytes
+from runtime.diagnosis.held import HeldWeights
 from runtime.diagnosis.map_run import MapRun, Usage
 
 MUCH = 1.25
@@ -30,6 +31,20 @@ class CostedRun:
     names: ModelNames
     placement: Mapping[str, Place]
     home: int
+    held: HeldWeights = field(default_factory=HeldWeights)
+
+    def saved_bytes(self, index: int) -> int:
+        """What weights in fewer bits save on a GPU, compared with the run's."""
+        return sum(
+            plain - self.held.num_bytes[name]
+            for name, plain in self.held.plain_bytes.items()
+            if self.place(name) == index
+        )
+
+    def scratch_bytes(self, index: int) -> int:
+        """What the largest product by weights in fewer bits needs for a moment on a GPU."""
+        needs = self.held.scratch_bytes.items()
+        return max((num_bytes for name, num_bytes in needs if self.place(name) == index), default=0)
 
     def offloaded_bytes(self, names: Sequence[str]) -> int:
         """Bytes of those tensors that are kept on the host or disk."""
@@ -136,9 +151,9 @@ def _peak(costed: CostedRun, device: Device, positions: int) -> MemoryBreakdown:
         usage.peak_bytes[phase] - usage.weight_bytes - usage.cache_bytes.get(phase, 0) for phase in usage.peak_bytes
     )
     return MemoryBreakdown(
-        weights_bytes=max(0, usage.weight_bytes - away),
+        weights_bytes=max(0, usage.weight_bytes - away - costed.saved_bytes(device.index)),
         kv_cache_bytes=usage.growth_bytes * positions + usage.fixed_cache_bytes,
-        activations_bytes=max(0, *held) + brought,
+        activations_bytes=max(0, *held) + brought + costed.scratch_bytes(device.index),
         workspace_bytes=WORKSPACE_BYTES,
         context_bytes=device.context_bytes,
         reserve_bytes=device.reserve_bytes,

@@ -21,7 +21,7 @@ from planner.paths import owner
 from runtime.devices import UNLIMITED_BYTES
 from runtime.diagnosis.cuda_literals import CudaLiterals
 from runtime.mismatch import Mismatch, Place, calling_place, place_of
-from runtime.op_costs import flops_of
+from runtime.op_costs import flops_of, traffic_of
 from runtime.proof import ProofWatch, Transfer, signature
 from runtime.recorder import storage_id
 from runtime.relocate import relocate, tensors_in
@@ -260,7 +260,7 @@ class MapWatch(ProofWatch):
         first = outcome[0] if isinstance(outcome, list | tuple) and outcome else outcome
         if isinstance(first, torch.Tensor) and first.device.index is not None:
             tally = self._tally
-            tally.read_bytes[first.device.index] += sum(t.numel() * t.element_size() for t in tensors)
+            tally.read_bytes[first.device.index] += traffic_of(op, args, outcome).most_bytes
             tally.flops[first.device.index] += flops_of(op, args, outcome)
 
     def usage(self, index: int) -> Usage:
