@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.plan import Estimate
 from planner.problem import TIMED, Objective, Problem, evaluate, longest_cache
-from planner.solve import near_home
+from planner.solve import tied
 
 LABELS: dict[Objective, str] = {"fewest": "fewest GPUs", "latency": "lowest latency", "balance": "balance"}
 
@@ -29,7 +29,10 @@ def alternatives(problem: Problem, time_limit_s: float | None = None) -> Iterato
         if objective in TIMED and not speeds:
             continue
         asked = replace(problem, objective=objective)
-        stages = near_home.solve(asked, time_limit_s).stages
+        solution = tied.solve(asked, time_limit_s)
+        if solution.status == "INFEASIBLE":  # what there is rests on the host, and has no alternatives
+            return
+        stages = solution.stages
         yield Alternative(
             objective=objective,
             num_devices=len(stages),

@@ -6,7 +6,7 @@ a co-located member from elsewhere (a tied head, say) comes along without breaki
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -23,12 +23,13 @@ class Constraints:
     """What the user asks for. `pins` maps a module's FQN to a device's position on the machine.
 
     `split_vision` lifts the fusions that are defaults and keeps those that an op demands. With `all_devices` no device
-    may stay empty.
+    may stay empty. `offload` lets decoder layers rest on the host where nothing fits otherwise.
     """
 
     pins: Mapping[str, int] = field(default_factory=dict)
     split_vision: bool = False
     all_devices: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,31 +43,80 @@ class Unit:
 def units(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> tuple[Unit, ...]:
     """The graph's groups merged by its fusions, in execution order, with the devices each may use.
 
-    Raises: ConstraintError when a pin names no module or no device, or pins contradict a co-location; ValueError
-    when the groups are not listed in an order in which they can run.
+    Raises: ConstraintError with everything that is wrong with the pins, the worst first: one names no module or no
+    device, several contradict each other or a co-location; ValueError when the groups are not listed in an order in
+    which they can run.
     """
     _check_order(graph)
-    pins = _bound_groups(graph, machine, constraints)
-    merged = _merged(graph, [f for f in graph.fusions if f.hard or not constraints.split_vision])
-    return tuple(_unit(graph, members, pins) for members in merged)
+    problems = list(_pins_of_nothing(graph, machine, constraints))
+    pins: dict[int, dict[str, int]] = {}
+    for name, device in _all_pins(graph, constraints):
+        for match in _pinned_groups(graph, name):
+            pins.setdefault(match, {})[name] = device
+    problems += _contradictions(graph, pins)
+    found = []
+    for members in _merged(graph, [f for f in graph.fusions if f.hard or not constraints.split_vision]):
+        bound = {member: next(iter(pins[member].items())) for member in members if member in pins}
+        devices = {device for _, device in bound.values()}
+        if len(devices) > 1:
+            problems.append(_contradicted_fusion(graph, members, bound))
+        found.append(Unit(members=members, pinned=next(iter(devices), None)))
+    if problems:
+        raise ConstraintError(_together(problems))
+    return tuple(found)
 
 
-def _unit(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[int, tuple[str, int]]) -> Unit:
-    bound = {member: pins[member] for member in members if member in pins}
-    devices = {device for _, device in bound.values()}
-    if len(devices) > 1:
-        _refuse_contradiction(graph, members, bound)
-    return Unit(members=members, pinned=next(iter(devices), None))
+def _together(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n".join([f"{len(problems)} problems with the pins:", *(f"  {text}" for text in problems)])
 
 
-def _refuse_contradiction(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[int, tuple[str, int]]) -> None:
+def _all_pins(graph: ModuleGraph, constraints: Constraints) -> list[tuple[str, int]]:
+    """Those that the graph brings, and those that are asked for."""
+    at_home = dict.fromkeys(graph.home.modules if graph.home else (), 0)
+    return [*at_home.items(), *constraints.pins.items()]
+
+
+def _pinned_groups(graph: ModuleGraph, name: str) -> list[int]:
+    return [i for i, group in enumerate(graph) if any(contains(name, module) for module in group.modules)]
+
+
+def _pins_of_nothing(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> Iterator[str]:
+    for name, device in _all_pins(graph, constraints):
+        if not 0 <= device < len(machine.devices):
+            yield (
+                f"pin {name}={device} names a device that is not there: this machine has {len(machine.devices)}"
+                f" (0 to {len(machine.devices) - 1})"
+            )
+        if not _pinned_groups(graph, name):
+            yield f"pin {name}={device} names no module of {graph.name}: {_near(name, graph)}"
+
+
+def _contradictions(graph: ModuleGraph, pins: Mapping[int, Mapping[str, int]]) -> Iterator[str]:
+    """Pins that hold a group to several devices, each pair of them once."""
+    disputed: dict[tuple[tuple[str, int], tuple[str, int]], list[str]] = {}
+    for member, bound in pins.items():
+        first, *others = bound.items()
+        for other in others:
+            if other[1] != first[1]:
+                disputed.setdefault((first, other), []).append(graph.groups[member].id)
+    for ((name, device), (other_name, other_device)), groups in disputed.items():
+        more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
+        yield (
+            f"pins {name}={device} and {other_name}={other_device} contradict each other: both hold "
+            f"{groups[0]}{more}. Drop one."
+        )
+
+
+def _contradicted_fusion(graph: ModuleGraph, members: tuple[int, ...], pins: Mapping[int, tuple[str, int]]) -> str:
     names = {graph.groups[member].id for member in members}
     reasons = [f"{fusion.op}: {fusion.reason}" for fusion in graph.fusions if names.issuperset(fusion.operands)]
     asked = ", ".join(f"{name}={device}" for name, device in dict(pins.values()).items())
     parts = _merged(graph, [fusion for fusion in graph.fusions if fusion.hard])
     lifted = all(len({pins[member][1] for member in part if member in pins}) < 2 for part in parts)
     lift = " (or lift it: --split-vision)" if lifted else ""
-    raise ConstraintError(
+    return (
         f"pins {asked} contradict a co-location: these modules must share a device. {'; '.join(reasons)}. "
         f"Pin them to one device{lift}."
     )
@@ -80,29 +130,6 @@ def _merged(graph: ModuleGraph, fusions: Iterable[Fusion]) -> list[tuple[int, ..
         nx.add_path(together, fusion.operands)
     position = {group.id: i for i, group in enumerate(graph)}
     return sorted(tuple(sorted(position[name] for name in part)) for part in nx.connected_components(together))
-
-
-def _bound_groups(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> dict[int, tuple[str, int]]:
-    """Group position to the pin that binds it: its name and device."""
-    bound: dict[int, tuple[str, int]] = {}
-    at_home = dict.fromkeys(graph.home.modules if graph.home else (), 0)
-    for name, device in (*at_home.items(), *constraints.pins.items()):
-        if not 0 <= device < len(machine.devices):
-            raise ConstraintError(
-                f"pin {name}={device} names a device that is not there: this machine has {len(machine.devices)}"
-                f" (0 to {len(machine.devices) - 1})"
-            )
-        matches = [i for i, group in enumerate(graph) if any(contains(name, module) for module in group.modules)]
-        if not matches:
-            raise ConstraintError(f"pin {name}={device} names no module of {graph.name}: {_near(name, graph)}")
-        for match in matches:
-            earlier, other = bound.setdefault(match, (name, device))
-            if other != device:
-                raise ConstraintError(
-                    f"pins {earlier}={other} and {name}={device} contradict each other: both hold "
-                    f"{graph.groups[match].id}. Drop one."
-                )
-    return bound
 
 
 def _near(name: str, graph: ModuleGraph) -> str:

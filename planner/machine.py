@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache
+from itertools import groupby
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ _ITEM = re.compile(r"(?:(\d+)\s*x\s*)?(\S.*)")
 class Device:
     """One GPU. `memory_bytes` is free to us before context and reserve; None for a speed means unknown.
 
-    `flops_fraction` is the share of `flops_per_s` that large products reach, None where planner.timing's holds.
+    The fractions are the shares of `flops_per_s` that large products reach and of the bandwidth that decode reaches,
+    `launch_s` is what a kernel takes beside its work; None where planner.timing's constants hold.
+    `host_bandwidth_bytes_per_s` is of copies from pinned memory of the host.
     Raises: ValueError for a negative size.
     """
 
@@ -48,6 +51,9 @@ class Device:
     bandwidth_bytes_per_s: float | None = None
     flops_per_s: float | None = None
     flops_fraction: float | None = None
+    bandwidth_fraction: float | None = None
+    launch_s: float | None = None
+    host_bandwidth_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.memory_bytes, self.context_bytes, self.reserve_bytes) < 0:
@@ -57,6 +63,12 @@ class Device:
     def name(self) -> str:
         """`cuda:1`, or `host/cuda:1` where there are several hosts."""
         return f"{self.host}/cuda:{self.index}" if self.host else f"cuda:{self.index}"
+
+    @property
+    def speed(self) -> tuple[float | None, ...]:
+        """All that times depend on: devices of equal speed take as long for anything."""
+        rates = self.bandwidth_bytes_per_s, self.flops_per_s
+        return *rates, self.flops_fraction, self.bandwidth_fraction, self.launch_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +96,14 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Devices in index order, and the links between them that are known.
+    """Devices in index order, the links between them that are known, and the host's memory, where that is known.
 
     Raises: ValueError when there is no device, one is named twice, or a link names an unknown one.
     """
 
     devices: tuple[Device, ...]
     links: tuple[Link, ...] = ()
+    host_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         names = [device.name for device in self.devices]
@@ -142,7 +155,8 @@ class Machine:
         entries = content.get("devices")
         if not isinstance(entries, list) or not entries:
             raise MachineError(f"{where} has no devices: give a list `devices:` with a memory or kind for each")
-        _refuse_unknown_keys(content, {"devices", "links", "format"}, where)
+        _refuse_unknown_keys(content, {"devices", "links", "format", "host_memory"}, where)
+        memory = _measure(content["host_memory"], "host_memory", where) if "host_memory" in content else None
         counted: dict[str, int] = {}
         devices = []
         for position, entry in enumerate(entries):
@@ -156,14 +170,29 @@ class Machine:
         if not isinstance(links, list):
             raise MachineError(f"{where} has links {links!r}: give a list of links")
         links = [_link_from(entry, f"{where}, links[{i}]") for i, entry in enumerate(links)]
-        return _checked(devices, links, where)
+        return replace(_checked(devices, links, where), host_memory_bytes=memory)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal machine."""
         content: dict[str, Any] = {"devices": [_device_to(device) for device in self.devices]}
         if self.links:
             content["links"] = [asdict(link) for link in self.links]
+        if self.host_memory_bytes is not None:
+            content["host_memory"] = shorthand(self.host_memory_bytes)
         return content
+
+    @property
+    def spec(self) -> str | None:
+        """Shorthand that `parse` reads back to these devices but for context and reserve; None where there is none."""
+        texts = [device.kind or shorthand(device.memory_bytes) for device in self.devices]
+        runs = [(text, len(list(same))) for text, same in groupby(texts)]
+        text = ",".join(f"{count}x{text}" if count > 1 else text for text, count in runs)
+        try:
+            read = Machine.parse(text).with_overheads(context_bytes=0, reserve_bytes=0).devices
+        except MachineError:
+            return None
+        bare = self.with_overheads(context_bytes=0, reserve_bytes=0).devices
+        return text if not self.links and read == tuple(replace(device, uuid=None) for device in bare) else None
 
     def with_overheads(self, *, context_bytes: int | None = None, reserve_bytes: int | None = None) -> Machine:
         """The same machine with another context or reserve on every device; None leaves what is there."""
@@ -188,7 +217,7 @@ class Machine:
         kept = [device for position, device in enumerate(self.devices) if position in wanted]
         names = {device.name for device in kept}
         links = tuple(link for link in self.links if {link.source, link.target} <= names)
-        return Machine(devices=tuple(kept), links=links)
+        return replace(self, devices=tuple(kept), links=links)
 
     def limited(self, max_memory: Mapping[int, int]) -> Machine:
         """The same machine where the devices at these positions have at most so many bytes.
@@ -278,6 +307,9 @@ _MEASURES = {
     "bandwidth": "bandwidth_bytes_per_s",
     "flops": "flops_per_s",
     "flops_fraction": "flops_fraction",
+    "bandwidth_fraction": "bandwidth_fraction",
+    "launch_s": "launch_s",
+    "host_bandwidth": "host_bandwidth_bytes_per_s",
 }
 
 
@@ -288,7 +320,11 @@ def _measure(value: Any, key: str, where: str) -> Any:
             if not 0 < float(value) < inf:
                 raise ValueError(f"{value!r} is no rate: write FLOP/s, such as 165.2e12")
             return float(value)
-        if key == "flops_fraction":
+        if key == "launch_s":
+            if not 0 <= float(value) < 1:
+                raise ValueError(f"{value!r} is no time of a kernel: write seconds, such as 13e-6")
+            return float(value)
+        if key in ("flops_fraction", "bandwidth_fraction"):
             if not 0 < float(value) <= 1:
                 raise ValueError(f"{value!r} is no share: write a number above 0 and up to 1, such as 0.68")
             return float(value)
@@ -312,7 +348,10 @@ def _device_to(device: Device) -> dict[str, Any]:
 _WRITTEN: dict[str, Callable[[Any], Any]] = {
     "flops": float,
     "flops_fraction": float,
+    "bandwidth_fraction": float,
+    "launch_s": float,
     "bandwidth": lambda value: f"{Decimal(round(value)) / 10**9:f}GB/s",
+    "host_bandwidth": lambda value: f"{Decimal(round(value)) / 10**9:f}GB/s",
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from planner.constraints import Constraints, Unit, units
@@ -10,7 +11,8 @@ from planner.graph import ModuleGraph
 from planner.machine import Machine
 from planner.memory import CostTable, MemoryBreakdown
 from planner.polynomial import Quantities
-from planner.timing import PlacementTimes, TimeTable
+from planner.streaming import Streaming, streaming
+from planner.timing import PlacementTimes, Times, TimeTable
 
 Status = Literal["OPTIMAL", "FEASIBLE", "INFEASIBLE", "UNKNOWN"]
 Objective = Literal["balance", "latency", "throughput", "fewest"]
@@ -80,10 +82,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedStage:
-    """A device, by position on the machine, and the groups on it, by position in the graph."""
+    """A device, by position on the machine, and the groups on it, by position in the graph.
+
+    Those `on_host` rest there and are copied to the device when they run.
+    """
 
     device: int
     members: tuple[int, ...]
+    on_host: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +125,14 @@ class Evaluation:
 
     `kv_positions` is None when no device holds any KV cache, `times` when the speed of a used device is unknown.
     `free_fraction` is the smallest share of its memory that a used device keeps free, below zero where it lacks some.
+    `streamed` is what groups on the host cost, by device position.
     """
 
     memory: tuple[MemoryBreakdown, ...]
     kv_positions: int | None
     free_fraction: float
     times: PlacementTimes | None
+    streamed: Mapping[int, Streaming] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -142,6 +150,7 @@ class Evaluation:
 
 def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
     """The one evaluator: scores any placement, whoever made it."""
+    streamed = _streamed(problem, stages)
     memory = _memory(problem, stages)
     members = _members(stages)
     devices = problem.machine.devices
@@ -155,8 +164,14 @@ def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
         memory=memory,
         kv_positions=problem.quantities.positions + min(extra) if extra else None,
         free_fraction=min(left),
-        times=problem.times.placed(_devices_by_group(stages)),
+        times=problem.times.placed(_devices_by_group(stages), {at: one.waiting for at, one in streamed.items()}),
+        streamed=streamed,
     )
+
+
+def host_bytes(problem: Problem, stages: Iterable[PlacedStage]) -> int:
+    """What rests on the host."""
+    return sum(problem.table.loads[member].weights_bytes for stage in stages for member in stage.on_host)
 
 
 def _members(stages: tuple[PlacedStage, ...]) -> dict[int, list[int]]:
@@ -172,11 +187,33 @@ def _devices_by_group(stages: tuple[PlacedStage, ...]) -> list[int]:
 
 
 def _memory(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[MemoryBreakdown, ...]:
-    members = _members(stages)
-    return tuple(
-        problem.table.on_device(sorted(members.get(position, ())), device, problem.base_bytes(position))
-        for position, device in enumerate(problem.machine.devices)
-    )
+    members, streamed = _members(stages), _streamed(problem, stages)
+    resting = {stage.device: stage.on_host for stage in stages}
+    found = []
+    for position, device in enumerate(problem.machine.devices):
+        held = sorted(members.get(position, ()))
+        peak = problem.table.on_device(held, device, problem.base_bytes(position))
+        if position in streamed:
+            away = sum(problem.table.loads[member].weights_bytes for member in resting[position])
+            peak = replace(peak, weights_bytes=peak.weights_bytes - away + streamed[position].slots_bytes)
+        found.append(peak)
+    return tuple(found)
+
+
+def _streamed(problem: Problem, stages: tuple[PlacedStage, ...]) -> dict[int, Streaming]:
+    """By device position, what its groups on the host cost; nothing for a device that has none."""
+    if not any(stage.on_host for stage in stages):
+        return {}
+    times = problem.times
+    found = {}
+    for stage in stages:
+        if stage.on_host:
+            spent = times.groups[stage.device] or (Times(),) * len(problem.table.loads)
+            members, resting = sorted(stage.members), set(stage.on_host)
+            sizes = [problem.table.loads[member].weights_bytes if member in resting else None for member in members]
+            device = problem.machine.devices[stage.device]
+            found[stage.device] = streaming(device, [spent[member] for member in members], sizes)
+    return found
 
 
 def longest_cache(problem: Problem, stages: tuple[PlacedStage, ...]) -> int | None:

@@ -8,42 +8,83 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from planner.errors import InfeasibleError
+from planner.errors import ConstraintError, InfeasibleError
+from planner.graph import ModuleGraph
 from planner.machine import Device, Machine
 from planner.memory import LABELS, CostTable, MemoryBreakdown
 from planner.polynomial import Quantities
-from planner.problem import Problem, Solution, evaluate
-from planner.solve import chain_dp
-from planner.units import format_bytes, shorthand
+from planner.problem import Problem, Solution, evaluate, host_bytes
+from planner.solve import chain_dp, offloading
+from planner.streaming import host_bytes_per_s
+from planner.timing import NS_PER_S
+from planner.units import GIB, format_bytes, format_seconds, shorthand
+from planner.workload import ITEMSIZE
 
 MAX_EXTRA_DEVICES = 8
+MAX_EXTRA_GIB = 288
+"""The largest card that is asked for: as much as the largest GPUs sold have."""
 
 
-def infeasible(problem: Problem, solution: Solution, tried: Iterable[str] = ()) -> InfeasibleError:
+def infeasible(
+    problem: Problem, solution: Solution, tried: Iterable[str] = (), *, num_beams: int = 1
+) -> InfeasibleError:
     """The error to raise for an INFEASIBLE solution, with shortfalls and advice as attributes.
 
-    `tried` are changes that fit, found by who knows the model.
+    `tried` are changes that fit, found by who knows the model; every request is `num_beams` sequences of the problem.
     """
-    evaluation = evaluate(problem, solution.stages)
-    short = {
-        device.name: peak.total_bytes - device.memory_bytes
-        for device, peak in zip(problem.machine.devices, evaluation.memory, strict=True)
-        if peak.total_bytes > device.memory_bytes
-    }
-    pairs = zip(problem.machine.devices, evaluation.memory, strict=True)
-    lines = [_device_line(device, peak) for device, peak in pairs if device.name in short]
-    advice = tuple(dict.fromkeys((*tried, *_advice(problem))))
+    short = {device.name: peak.total_bytes - device.memory_bytes for device, peak in _short(problem, solution)}
+    lines = [*missing(problem, solution), *_too_large(problem), *_still_plain(problem.graph), *_host_too_small(problem)]
+    advice = tuple(dict.fromkeys((*tried, *_advice(problem, num_beams))))
     lines += [
         f"Would fit: {'; or '.join(advice)}."
         if advice
         else f"No shorter context, smaller batch or one to {MAX_EXTRA_DEVICES} more devices of this size would fit."
     ]
     graph = problem.graph
+    precision = " and ".join(dict.fromkeys((graph.dtype, *(layout for _, layout in graph.held))))
+    verdict = "does not fit" if solution.method == chain_dp.METHOD else "may not fit: no placement was found"
     headline = (
-        f"{graph.name} in {graph.dtype} does not fit: {format_bytes(sum(short.values()))} are missing on "
+        f"{graph.name} in {precision} {verdict}: {format_bytes(sum(short.values()))} are missing on "
         f"{len(short)} of {len(problem.machine.devices)} devices in the nearest placement."
     )
     return InfeasibleError("\n".join([headline, *lines]), shortfall_bytes=short, advice=advice)
+
+
+def _still_plain(graph: ModuleGraph) -> Iterator[str]:
+    """What quantising leaves as it is, where that is not enough: experts in one tensor, say, are no linear layers."""
+    if graph.plain is None:
+        return
+    held = {name for name, _ in graph.held}
+    quantised = sum(one.num_weights for group in graph for one in group.linears if one.name in held)
+    rest_bytes = graph.plain.weight_bytes - ITEMSIZE[graph.dtype] * quantised
+    yield f"{format_bytes(rest_bytes)} of the weights are in none of the quantised linear layers, and stay as they are."
+
+
+def missing(problem: Problem, solution: Solution) -> list[str]:
+    """A sentence for every device that is too small for the nearest placement."""
+    return [_device_line(device, peak) for device, peak in _short(problem, solution)]
+
+
+def _too_large(problem: Problem) -> Iterator[str]:
+    """The largest part that has to stay whole, where no device holds it even alone."""
+    machine, table = problem.machine, problem.table
+    alone = [[table.on_device(unit.members, device) for device in machine.devices] for unit in problem.units]
+    too_large = [
+        (max(peak.weights_bytes for peak in peaks), index)
+        for index, peaks in enumerate(alone)
+        if all(peak.total_bytes > device.memory_bytes for peak, device in zip(peaks, machine.devices, strict=True))
+    ]
+    if too_large:
+        weights_bytes, index = max(too_large)
+        names = [problem.graph.groups[member].id for member in problem.units[index].members]
+        shown = " with ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        yield f"No device holds {shown} alone ({format_bytes(weights_bytes)} of weights), and that cannot be cut."
+
+
+def _short(problem: Problem, solution: Solution) -> list[tuple[Device, MemoryBreakdown]]:
+    memory = evaluate(problem, solution.stages).memory
+    pairs = zip(problem.machine.devices, memory, strict=True)
+    return [(device, peak) for device, peak in pairs if peak.total_bytes > device.memory_bytes]
 
 
 def _device_line(device: Device, peak: MemoryBreakdown) -> str:
@@ -57,9 +98,10 @@ def _device_line(device: Device, peak: MemoryBreakdown) -> str:
     )
 
 
-def _advice(problem: Problem) -> Iterator[str]:
+def _advice(problem: Problem, num_beams: int) -> Iterator[str]:
     yield from _shorter(problem)
-    yield from _smaller_batch(problem)
+    yield from _fewer_sequences(problem, num_beams)
+    yield from _offload(problem)
     yield from _more_devices(problem)
 
 
@@ -72,21 +114,95 @@ def _shorter(problem: Problem) -> Iterator[str]:
         yield f"--new-tokens {longest - prompt} (with --max-model-len {longest} or less)"
 
 
-def _smaller_batch(problem: Problem) -> Iterator[str]:
-    largest = _largest(problem.quantities.batch, lambda n: _with(problem, replace(problem.quantities, batch=n)))
-    if largest:
-        yield f"--batch-size {largest}"
+def _fewer_sequences(problem: Problem, num_beams: int) -> Iterator[str]:
+    """The largest batch that fits, or of one request the most beams."""
+    asked = problem.quantities
+    largest = _largest(asked.batch, lambda n: _with(problem, replace(asked, batch=n)))
+    if largest >= num_beams:
+        yield f"--batch-size {largest // num_beams}"
+    elif largest:
+        yield f"--num-beams {largest}" + (" --batch-size 1" if asked.batch > num_beams else "")
 
 
 def _more_devices(problem: Problem) -> Iterator[str]:
-    machine = problem.machine
-    largest = max(machine.devices, key=lambda device: device.memory_bytes)
-    for count in range(1, MAX_EXTRA_DEVICES + 1):
-        added = tuple(replace(largest, host="added", index=index, uuid=None) for index in range(count))
-        if _fits(replace(problem, machine=Machine(devices=(*machine.devices, *added)))):
-            kind = largest.kind or shorthand(largest.memory_bytes)
-            yield f"{count} more {'device' if count == 1 else 'devices'} of {kind}"
-            return
+    """One device as small as will do, in whole GiB; and the fewest of the largest kind, if those are others."""
+
+    def fits(machine: Machine) -> bool:
+        return _fits(replace(problem, machine=machine))
+
+    machine, largest = problem.machine, _largest_device(problem.machine)
+    counts = range(1, MAX_EXTRA_DEVICES + 1)
+    needed = next((count for count in counts if fits(_with_more(machine, largest, count))), None)
+    size_gib = 1 + _largest(MAX_EXTRA_GIB + 1, lambda size: not fits(_with_one(machine, size)))
+    if size_gib <= MAX_EXTRA_GIB and (needed != 1 or size_gib * GIB < largest.memory_bytes):
+        yield _as_option(_with_one(machine, size_gib), f"1 more device of {size_gib}GiB")
+    if needed is not None:
+        kind = largest.kind or shorthand(largest.memory_bytes)
+        words = f"{needed} more {'device' if needed == 1 else 'devices'} of {kind}"
+        yield _as_option(_with_more(machine, largest, needed), words)
+
+
+def _with_one(machine: Machine, size_gib: int) -> Machine:
+    """The machine with one more device, of this size and of no known kind."""
+    like = machine.devices[-1]
+    device = Device(
+        index=0, memory_bytes=size_gib * GIB, context_bytes=like.context_bytes, reserve_bytes=like.reserve_bytes
+    )
+    return _with_more(machine, device, 1)
+
+
+def _as_option(machine: Machine, words: str) -> str:
+    """The option that describes a machine, and what is more in it; words alone where no shorthand says it."""
+    return f"--gpus {machine.spec} ({words})" if machine.spec else words
+
+
+def _largest_device(machine: Machine) -> Device:
+    return max(machine.devices, key=lambda device: device.memory_bytes)
+
+
+def _with_more(machine: Machine, device: Device, count: int) -> Machine:
+    """The machine with so many more of a device, on its last host."""
+    host = machine.devices[-1].host
+    first = 1 + max(known.index for known in machine.devices if known.host == host)
+    added = (replace(device, host=host, index=first + number, uuid=None) for number in range(count))
+    return replace(machine, devices=(*machine.devices, *added))
+
+
+def _offload(problem: Problem) -> Iterator[str]:
+    """Decoder layers on the host, with what that costs a token."""
+    machine, solution = problem.machine, _offloaded(problem)
+    if solution is None:
+        return
+    found = evaluate(problem, solution.stages)
+    resting = host_bytes(problem, solution.stages)
+    copying_s = sum(one.pass_bytes / host_bytes_per_s(machine.devices[at]) for at, one in found.streamed.items())
+    token_s = found.times.total.token_ns / NS_PER_S if found.times else copying_s
+    host = "" if machine.host_memory_bytes is not None else f" --host-memory {-(-resting // GIB)}GiB"
+    least = "" if found.times else "at least "
+    yield f"--offload{host} ({format_bytes(resting)} on the host, {least}{format_seconds(token_s)} a token)"
+
+
+def _host_too_small(problem: Problem) -> Iterator[str]:
+    """Why layers on the host are no help, where the host's memory is known."""
+    limit, machine = problem.machine.host_memory_bytes, problem.machine
+    if limit is None or len(machine.hosts) > 1 or problem.graph.held or _offloaded(problem) is not None:
+        return
+    solution = _offloaded(replace(problem, machine=replace(machine, host_memory_bytes=None)))
+    if solution is None:
+        yield "With decoder layers on the host (--offload) it does not fit either."
+    else:
+        resting = host_bytes(problem, solution.stages)
+        yield f"--offload would leave {format_bytes(resting)} of weights on the host, which has {format_bytes(limit)}."
+
+
+def _offloaded(problem: Problem) -> Solution | None:
+    """The placement with layers on the host; None where there is none, or nothing may rest there."""
+    if len(problem.machine.hosts) > 1 or problem.graph.held:
+        return None
+    try:
+        return offloading.solve(problem)
+    except ConstraintError:  # a request too long for times to be compared
+        return None
 
 
 def _with(problem: Problem, quantities: Quantities) -> bool:

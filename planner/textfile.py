@@ -112,7 +112,13 @@ def dump_mapping(content: dict[str, Any]) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a failure leaves what was there."""
+    """Replace `path` by `text`; a failure leaves what was there.
+
+    What is no regular file, such as a device or a pipe, is written to: it must not be replaced by a file.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

@@ -63,6 +63,11 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
+def format_seconds(seconds: float) -> str:
+    """`1.25 s`, or `12.5 ms` below a tenth of a second."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
 def shorthand(num_bytes: int) -> str:
     """The shortest exact spelling that `parse_bytes` reads back: `24GiB`, `500MiB`, `1234B`."""
     for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -8,17 +8,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, permutations
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pynvml
 
 from planner.errors import MachineError
 from planner.machine import Machine
-from runtime.readings import ADVICE, GpuReading, MigReading, PairReading, machine_of
+from runtime.readings import ADVICE, GpuReading, MigReading, PairReading, available_bytes, machine_of
 
 Answer = TypeVar("Answer")
+
+MEMINFO = Path("/proc/meminfo")
+"""Linux's own account of its memory."""
 
 P2P_READ, P2P_WRITE, P2P_OK = 0, 1, 0
 """NVML's indices and status by value: the binding's own name for the first is a tuple (a stray comma)."""
@@ -33,12 +37,13 @@ class Readings:
 
 
 def probe_machine() -> Machine:
-    """The visible GPUs, their free memory and their links, numbered as CUDA numbers them.
+    """The visible GPUs, their free memory and their links, numbered as CUDA numbers them; and what the host has free.
 
     Raises: MachineError when there is no driver, no GPU, or none is visible.
     """
     readings = read_machine()
-    return machine_of(readings.gpus, os.environ, readings.pairs)
+    machine = machine_of(readings.gpus, os.environ, readings.pairs)
+    return replace(machine, host_memory_bytes=available_bytes(MEMINFO.read_text()) if MEMINFO.exists() else None)
 
 
 def read_machine() -> Readings:
@@ -80,6 +85,8 @@ def _read_gpu(index: int, handle: Any) -> GpuReading:
         free_bytes=int(memory.free),
         has_mig=has_mig,
         mig_instances=tuple(_read_instances(handle)) if has_mig else (),
+        pcie_generation=_if_supported(lambda: int(pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)), None),
+        pcie_lanes=_if_supported(lambda: int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)), None),
         nvlink_generation=_if_supported(lambda: int(pynvml.nvmlDeviceGetNvLinkVersion(handle, links[0])), None)
         if links
         else None,

@@ -6,6 +6,7 @@ and numbered as CUDA numbers them in a process with the given environment.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ ROUNDING_BYTES = 64 * 2**20
 
 NVLINK_BYTES_PER_S = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
 """One link in one direction, by NVLink generation. Source: NVIDIA's NVLink pages and architecture white papers."""
+
+PCIE_LANE_BYTES_PER_S = {3: 8e9 * 128 / 130 / 8, 4: 16e9 * 128 / 130 / 8, 5: 32e9 * 128 / 130 / 8}
+"""One lane in one direction, by PCI Express generation. Source: its specifications, before protocol overhead."""
 
 ADVICE = "Describe the machine instead: --gpus 2x24GiB, or --machine FILE."
 
@@ -33,7 +37,10 @@ class MigReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuReading:
-    """What NVML says about one card, in PCI order. With MIG on, only its instances can be used."""
+    """What NVML says about one card, in PCI order. With MIG on, only its instances can be used.
+
+    `pcie_generation` is the best that card and slot can do together: idle cards link at a lower one.
+    """
 
     name: str
     uuid: str
@@ -42,6 +49,8 @@ class GpuReading:
     has_mig: bool = False
     mig_instances: tuple[MigReading, ...] = ()
     nvlink_generation: int | None = None
+    pcie_generation: int | None = None
+    pcie_lanes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,15 @@ def machine_of(
     devices = [_entry(index, reading) for index, reading in enumerate(visible)]
     generations = {reading.uuid: reading.nvlink_generation for reading in visible}
     return Machine.from_dict({"devices": devices, "links": list(_links(pairs, names, generations))})
+
+
+def available_bytes(meminfo: str) -> int | None:
+    """What processes may still take of the host's memory, from Linux's /proc/meminfo; None where it does not say.
+
+    Source: proc(5): MemAvailable, in kB of 1024 bytes. Rounded down, as the cards' free memory is.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    return int(found[1]) * 1024 // ROUNDING_BYTES * ROUNDING_BYTES if found else None
 
 
 def _visible_instance(readings: Sequence[GpuReading], wanted: str | None) -> tuple[GpuReading, MigReading] | None:
@@ -142,11 +160,13 @@ def _match(readings: Sequence[GpuReading], item: str) -> GpuReading | None:
 def _entry(index: int, reading: GpuReading, instance: MigReading | None = None) -> dict[str, object]:
     """The card, or a slice of it, as a machine file has it; a known whole card brings its speed along."""
     part = instance or reading
-    entry = {
+    entry: dict[str, object] = {
         "index": index,
         "uuid": part.uuid,
         "memory": f"{part.free_bytes // ROUNDING_BYTES * ROUNDING_BYTES}B",
     }
+    if reading.pcie_lanes and reading.pcie_generation in PCIE_LANE_BYTES_PER_S:
+        entry["host_bandwidth"] = f"{round(reading.pcie_lanes * PCIE_LANE_BYTES_PER_S[reading.pcie_generation])}B"
     kind = next((kind for kind, preset in gpu_presets().items() if reading.name in preset["nvml"]), None)
     return {**entry, "kind": kind} if kind and instance is None else entry
 

@@ -9,7 +9,7 @@ places is taken to use the best link there is, which makes the cost a bound from
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,17 +23,25 @@ from planner.timing import FlowSize, TimeTable, link_between
 NO_LINK = 2**50
 """The price of sending from a device to itself through a link: more than any real one."""
 
+FLOATING = -2
+"""The unit that is in no order: not next to any in a chain, which are numbered from 0."""
+
 Costs = NDArray[np.int64]
+Ends = frozenset[int | None]
+"""Units that send or read; `None` is the home of inputs and results."""
 End = Literal["own", "beside", "hub", "home", "any"]
 """Where the other end of a tensor is, as seen from a run: the next stage or the one before is `beside` it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitFlow:
-    """A flow between units; None is the home of inputs and results. `costs` is by link group of source and target."""
+    """A flow between units; None is the home of inputs and results, `FLOATING` the unit without a place in the chain.
+
+    `costs` is by link group of source and target.
+    """
 
     producer: int | None
-    consumers: frozenset[int | None]
+    consumers: Ends
     costs: tuple[tuple[int, ...], ...]
 
     @property
@@ -63,31 +71,41 @@ def link_groups(machine: Machine) -> list[int]:
 class Crossings:
     """The flows of a problem between its units, priced for each pair of link groups.
 
-    `price` is nanoseconds, or with `forbidden` the number of tensors on links that may not be used.
+    `place` is where each of the problem's units stands in the chain. Prices are nanoseconds, or with `forbidden` the
+    number of tensors on links that may not be used.
     """
 
     def __init__(
-        self, problem: Problem, times: TimeTable, groups_of_links: list[int], *, forbidden: bool = False
+        self,
+        problem: Problem,
+        times: TimeTable,
+        groups_of_links: list[int],
+        place: Sequence[int],
+        *,
+        forbidden: bool = False,
     ) -> None:
-        self._num_units = len(problem.units)
+        self._num_units = sum(index != FLOATING for index in place)
         self._pairs = _representatives(groups_of_links)
         self._machine = problem.machine
         self._new_tokens = times.new_tokens
         self._home_group = groups_of_links[0]
         price = self._blocked if forbidden else self._nanoseconds
-        unit_of = {member: index for index, unit in enumerate(problem.units) for member in unit.members}
+        unit_of = {m: index for index, unit in zip(place, problem.units, strict=True) for m in unit.members}
         beside = None if times.inputs_beside is None else unit_of[times.inputs_beside]
         self.flows = list(self._unit_flows(times.flows, unit_of, beside, price))
         self.hub = _hub(self.flows)
 
-    def sides(self, group: int, hub: int, *, is_home: bool) -> tuple[Costs, Costs]:
-        """What enters and what leaves the run [start, end) on a device of link group `group`, but for steps."""
+    def sides(self, group: int, hub: int, here: Ends) -> tuple[Costs, Costs]:
+        """What enters and what leaves the run [start, end) on a device of link group `group`, but for steps.
+
+        `here` is what else is on that device.
+        """
         shape = (self._num_units, self._num_units + 1)
         entering, leaving = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for flow in (flow for flow in self.flows if not flow.is_step):
-            made_here = self._inside([flow.producer], is_home=is_home)
-            read_here = self._inside(flow.consumers, is_home=is_home)
-            read_elsewhere = ~self._all_inside(flow.consumers, is_home=is_home)
+            made_here = self._inside(frozenset({flow.producer}), here)
+            read_here = self._inside(flow.consumers, here)
+            read_elsewhere = ~self._all_inside(flow.consumers, here)
             entering += (~made_here & read_here) * self._best(flow, self._source(flow), "own", group, hub)
             leaving += (made_here & read_elsewhere) * self._best(flow, "own", self._target(flow), group, hub)
         return entering, leaving
@@ -100,17 +118,17 @@ class Crossings:
                 costs[flow.producer + 1] += flow.costs[source_group][target_group]
         return costs
 
-    def returns(self, group: int, hub: int, *, is_home: bool) -> tuple[Costs, Costs]:
+    def returns(self, group: int, hub: int, here: Ends) -> tuple[Costs, Costs]:
         """As `sides`, but each copy once: at the end whose partner's place is known, for a sum over all stages."""
         shape = (self._num_units, self._num_units + 1)
         entering, leaving = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for flow in (flow for flow in self.flows if not flow.is_step):
-            made_here = self._inside([flow.producer], is_home=is_home)
+            made_here = self._inside(frozenset({flow.producer}), here)
             if flow.producer is not None and self._target(flow) != "any":
-                gone = made_here & ~self._all_inside(flow.consumers, is_home=is_home)
+                gone = made_here & ~self._all_inside(flow.consumers, here)
                 leaving += gone * self._best(flow, "own", self._target(flow), group, hub)
             else:
-                come = ~made_here & self._inside(flow.consumers, is_home=is_home)
+                come = ~made_here & self._inside(flow.consumers, here)
                 entering += come * self._best(flow, self._source(flow), "own", group, hub)
         return entering, leaving
 
@@ -133,21 +151,21 @@ class Crossings:
         known = {"own": [group], "hub": [hub], "home": [self._home_group]}
         return known.get(end, list(range(len(self._pairs))))
 
-    def _inside(self, ends: frozenset[int | None] | list[int | None], *, is_home: bool) -> NDArray[np.bool_]:
-        """Where any of these units lies in the run."""
-        return np.asarray(self._count_inside(ends, is_home=is_home) > 0)
+    def _inside(self, ends: Ends, here: Ends) -> NDArray[np.bool_]:
+        """Where any of these units lies in the run, or beside it."""
+        return np.asarray(self._count_inside(ends, here) > 0)
 
-    def _all_inside(self, ends: frozenset[int | None], *, is_home: bool) -> NDArray[np.bool_]:
-        return np.asarray(self._count_inside(ends, is_home=is_home) == len(ends))
+    def _all_inside(self, ends: Ends, here: Ends) -> NDArray[np.bool_]:
+        return np.asarray(self._count_inside(ends, here) == len(ends))
 
-    def _count_inside(self, ends: frozenset[int | None] | list[int | None], *, is_home: bool) -> Costs:
+    def _count_inside(self, ends: Ends, here: Ends) -> Costs:
         marks = np.zeros(self._num_units + 1, dtype=np.int64)
-        for end in ends:
-            if end is not None:
-                marks[end + 1] += 1
+        for end in ends - {None, FLOATING}:
+            assert end is not None
+            marks[end + 1] += 1
         before = np.cumsum(marks)
         starts, stops = np.ogrid[: self._num_units, : self._num_units + 1]
-        return np.asarray(before[stops] - before[starts] + (None in ends and is_home))
+        return np.asarray(before[stops] - before[starts] + len(ends & here))
 
     def _unit_flows(
         self,

@@ -10,6 +10,8 @@ from planner.solve import chain_dp
 NEARLY = 1.02
 """How much more capacity a placement must have to be worth a hop between the inputs and the token embedding."""
 
+HELD = "the token embedding stays with the inputs, which saves a copy per token"
+
 
 def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
     """As `chain_dp.solve`, unless holding the embedding at home costs less than `NEARLY` and no device.
@@ -25,7 +27,9 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
     costs_little = NEARLY * (near.extra_positions + positions) >= free.extra_positions + positions
     if near.status == "INFEASIBLE" or not costs_little or len(near.stages) != len(free.stages):
         return free
-    return near if near.extra_positions == free.extra_positions else replace(near, status="FEASIBLE", bound=free.bound)
+    if near.extra_positions == free.extra_positions:
+        return near
+    return replace(near, status="FEASIBLE", bound=free.bound, method=f"{near.method}: {HELD}")
 
 
 def _held_at_home(problem: Problem) -> Problem | None:

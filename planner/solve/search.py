@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.problem import NO_KV, PlacedStage
-from planner.solve.crossings import NO_LINK
+from planner.solve.crossings import FLOATING, NO_LINK
 from planner.solve.segments import Segments
 from planner.solve.states import WORST_STAGE, Allowed, Bools, Ints, States
 
@@ -36,9 +36,9 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A stage that may come next: units [start, end) on a device class, between devices of two link groups."""
+    """A stage that may come next: units [start, end) as a kind of run, between devices of two link groups."""
 
-    kind: int
+    run: int
     before: int
     after: int
     start: int
@@ -60,28 +60,35 @@ class Search:
         self._hub_group = hub_group
 
     def allowed(self, bar: Bar, stage_ns: list[list[list[Ints]]] | None = None) -> Allowed:
-        """By class, and link group before and after, the runs that hold to the bar."""
+        """By kind of run, and link group before and after, the runs that hold to the bar."""
         found: Allowed = []
-        for kind, runs in enumerate(self._segments.by_class):
+        for run, runs in enumerate(self._segments.runs):
             own = (
                 (runs.lacking_bytes <= bar.relief_bytes)
                 & (runs.extra_positions >= bar.extra_positions)
                 & (runs.free_fraction >= bar.free_fraction)
             )
-            rows = [[own & ~forbidden for forbidden in row] for row in self._forbidden[kind]]
+            rows = [[own & ~forbidden for forbidden in row] for row in self._forbidden[run]]
             if stage_ns is not None and bar.slowest_ns is not None:
                 rows = [
                     [ends & (spent <= bar.slowest_ns) for ends, spent in zip(*pair, strict=True)]
-                    for pair in zip(rows, stage_ns[kind], strict=True)
+                    for pair in zip(rows, stage_ns[run], strict=True)
                 ]
             found.append(rows)
         return found
 
     def most_extra(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
         """Most extra KV positions over these states, and the placement."""
-        values = self._values([runs.extra_positions for runs in self._segments.by_class])
+        values = self._values([runs.extra_positions for runs in self._segments.runs])
         extra = self._tightest(values, lambda value: Bar(extra_positions=int(value)), options)
         return int(extra), self._freest(Bar(extra_positions=int(extra)), options)
+
+    def faster_pipeline(self, options: Ints, than_ns: int) -> tuple[int, tuple[PlacedStage, ...]] | None:
+        """As `fastest_pipeline`; None where no slowest stage is shorter than this, which is seen quickly."""
+        bar = Bar(slowest_ns=than_ns - 1)
+        cover = self._states.cover(self.allowed(bar, self._stage_ns()))
+        options = options[self._covering(cover, options)]
+        return self.fastest_pipeline(options) if len(options) else None
 
     def fastest_pipeline(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
         """The shortest time of the slowest stage over these states, and the placement."""
@@ -92,7 +99,7 @@ class Search:
 
     def least_relief(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]] | None:
         """The fewest bytes that each device must get more for any placement, and that placement; None for no order."""
-        lacking = [runs.lacking_bytes for runs in self._segments.by_class]
+        lacking = [runs.lacking_bytes for runs in self._segments.runs]
         values = np.unique(np.concatenate([ends[ends < WORST_STAGE] for ends in lacking] + [np.zeros(1, np.int64)]))
         cover = self._states.cover(self.allowed(Bar(relief_bytes=int(values[-1]))))
         if not self._covering(cover, options).any():
@@ -114,8 +121,8 @@ class Search:
         used = self._states.used[chosen]
 
         def accepts(step: Step, state: int, rest: int) -> bool:
-            group = self._segments.classes[step.kind].link_group
-            stage = int(keys[step.kind][step.before][step.after][step.start, step.end])
+            group = self._group_of(step.run)
+            stage = int(keys[step.run][step.before][step.after][step.start, step.end])
             left = int(found[rest, group, step.after, step.end])
             whole = int(found[state, step.before, group, step.start])
             exact = (stage >> low_bits) + (left >> low_bits) == whole >> low_bits
@@ -124,6 +131,9 @@ class Search:
         first = chosen[used == used.min()]
         groups = [(int(s), g) for s in first for g in range(self._states.num_groups) if found[s, 0, g, 0] == best]
         return best >> low_bits, self._placed(groups, accepts)
+
+    def _group_of(self, run: int) -> int:
+        return self._segments.classes[self._segments.runs[run].kind].link_group
 
     def coverable(self, bar: Bar, options: Ints) -> Ints:
         """Those of the states whose devices, all of them, can hold the chain."""
@@ -139,7 +149,7 @@ class Search:
     ) -> tuple[PlacedStage, ...]:
         """Among placements that hold to the bar, that of largest smallest free share, then of fewest stages."""
         if bars_freedom:
-            free = self._values([runs.free_fraction for runs in self._segments.by_class])
+            free = self._values([runs.free_fraction for runs in self._segments.runs])
             best = self._tightest(free, lambda value: replace(bar, free_fraction=float(value)), options, stage_ns)
             bar = replace(bar, free_fraction=float(best))
         allowed = self.allowed(bar, stage_ns)
@@ -148,8 +158,8 @@ class Search:
         used = self._states.used[options]
 
         def accepts(step: Step, state: int, rest: int) -> bool:
-            group = self._segments.classes[step.kind].link_group
-            holds = allowed[step.kind][step.before][step.after][step.start, step.end]
+            group = self._group_of(step.run)
+            holds = allowed[step.run][step.before][step.after][step.start, step.end]
             return bool(holds and cover[rest, group, step.after, step.end])
 
         few = options[used == used.min()]
@@ -158,7 +168,7 @@ class Search:
 
     def _values(self, of_runs: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
         """Every value of a run that fits, the loosest bar first."""
-        fitting = zip(of_runs, self._segments.by_class, strict=True)
+        fitting = zip(of_runs, self._segments.runs, strict=True)
         return np.unique(np.concatenate([values[runs.lacking_bytes == 0] for values, runs in fitting]))
 
     def _tightest(
@@ -191,60 +201,65 @@ class Search:
 
     def _placed(self, options: list[tuple[int, int]], accepts: Accepts) -> tuple[PlacedStage, ...]:
         """Stage by stage the device of lowest index and then the longest run, of what `accepts` leaves."""
-        classes, units = self._segments.classes, self._segments.problem.units
-        waiting = [list(kind.positions) for kind in classes]
+        segments = self._segments
+        waiting = [list(kind.positions) for kind in segments.classes]
         placed: list[PlacedStage] = []
         start = before = 0
         while start < self._num_units:
-            kind, end, options = next(self._next_stages(start, before, options, waiting, accepts))
-            members = sorted(member for unit in units[start:end] for member in unit.members)
-            placed.append(PlacedStage(device=waiting[kind].pop(0), members=tuple(members)))
-            start, before = end, classes[kind].link_group
+            run, end, options = next(self._next_stages(start, before, options, waiting, accepts))
+            units = [*segments.chain[start:end], *([segments.floating] if segments.runs[run].carries else [])]
+            members = sorted(member for unit in units if unit for member in unit.members)
+            placed.append(PlacedStage(device=waiting[segments.runs[run].kind].pop(0), members=tuple(members)))
+            start, before = end, self._group_of(run)
         return tuple(placed)
 
     def _next_stages(
         self, start: int, before: int, options: list[tuple[int, int]], waiting: list[list[int]], accepts: Accepts
     ) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Classes and ends that a stage at `start` may take, best first, with the states and groups after it."""
-        classes, groups = self._segments.classes, range(self._states.num_groups)
-        for kind in sorted((k for k, left in enumerate(waiting) if left), key=lambda k: waiting[k][0]):
-            states = [state for state, group in options if group == classes[kind].link_group]
-            for end in range(self._num_units, start, -1):
+        """Kinds of run and ends that a stage at `start` may take, best first, with the states and groups after it."""
+        first_of = {run: waiting[runs.kind][:1] for run, runs in enumerate(self._segments.runs)}
+        for run in sorted((run for run, left in first_of.items() if left), key=lambda run: first_of[run]):
+            states = [state for state, group in options if group == self._group_of(run)]
+            for end in range(self._num_units, start - 1, -1):
                 left = [
                     (rest, after)
-                    for state, after in product(states, groups)
-                    if (rest := self._states.without(state, kind)) is not None
-                    and accepts(Step(kind=kind, before=before, after=after, start=start, end=end), state, rest)
+                    for state, after in product(states, range(self._states.num_groups))
+                    if (rest := self._states.without(state, run)) is not None
+                    and accepts(Step(run=run, before=before, after=after, start=start, end=end), state, rest)
                 ]
                 if left:
-                    yield kind, end, list(dict.fromkeys(left))
+                    yield run, end, list(dict.fromkeys(left))
 
     def _forbidden_runs(self, hub_group: int) -> list[list[list[Bools]]]:
-        """By class and link groups: runs with the hub on a wrong device, or that use a link which is not allowed."""
+        """By kind and link groups: runs with the hub on a wrong device, or that use a link which is not allowed."""
         segments, groups = self._segments, range(self._states.num_groups)
         starts, ends = np.ogrid[: self._num_units, : self._num_units + 1]
         blocks = segments.crossings_of(forbidden=True)
         found = []
-        for kind in segments.classes:
+        for runs in segments.runs:
+            kind = segments.classes[runs.kind]
             wrong = np.zeros((self._num_units, self._num_units + 1), dtype=bool)
             if blocks is None:
                 found.append([[wrong for _ in groups] for _ in groups])
                 continue
             if blocks.hub is not None and kind.link_group != hub_group:
-                wrong = (starts <= blocks.hub) & (ends > blocks.hub)
-            wrong = wrong | (sum(blocks.sides(kind.link_group, hub_group, is_home=kind.is_home)) > 0)
+                inside = (starts <= blocks.hub) & (ends > blocks.hub)
+                wrong = wrong | (runs.carries if blocks.hub == FLOATING else inside)
+            wrong = wrong | (sum(blocks.sides(kind.link_group, hub_group, kind.beside(carries=runs.carries))) > 0)
             steps = [blocks.steps(before, kind.link_group)[: self._num_units, None] > 0 for before in groups]
             found.append([[wrong | step for _ in groups] for step in steps])
         return found
 
     def _stage_ns(self) -> list[list[list[Ints]]]:
-        """By class and link groups before and after, what a run takes with all that enters and leaves it."""
+        """By kind and link groups before and after, what a run takes with all that enters and leaves it."""
         segments, groups = self._segments, range(self._states.num_groups)
         crossings = segments.crossings
         assert crossings is not None  # built wherever times count
         found = []
-        for kind, runs in zip(segments.classes, segments.by_class, strict=True):
-            own = runs.compute_ns + sum(crossings.sides(kind.link_group, self._hub_group, is_home=kind.is_home))
+        for runs in segments.runs:
+            kind = segments.classes[runs.kind]
+            beside = kind.beside(carries=runs.carries)
+            own = runs.compute_ns + sum(crossings.sides(kind.link_group, self._hub_group, beside))
             into = [crossings.steps(before, kind.link_group)[: self._num_units, None] for before in groups]
             out = [crossings.steps(kind.link_group, after)[None, :] for after in groups]
             found.append([[own + came + went for went in out] for came in into])
@@ -258,24 +273,27 @@ class Search:
         segments, groups = self._segments, range(self._states.num_groups)
         crossings = segments.crossings
         assert crossings is not None  # built wherever times count
-        shares = self._values([runs.free_fraction for runs in segments.by_class])
+        shares = self._values([runs.free_fraction for runs in segments.runs])
         spent = []
-        for device, runs in zip(segments.classes, segments.by_class, strict=True):
-            once = sum(crossings.returns(device.link_group, self._hub_group, is_home=device.is_home))
+        for runs in segments.runs:
+            device = segments.classes[runs.kind]
+            beside = device.beside(carries=runs.carries)
+            once = sum(crossings.returns(device.link_group, self._hub_group, beside))
             into = [crossings.steps(before, device.link_group)[: self._num_units, None] for before in groups]
             spent.append([runs.compute_ns + once + came for came in into])
         allowed = self.allowed(Bar())
+        count = [len(kind.positions) for kind in segments.classes]
         longest = sum(
-            len(device.positions) * max(int(own.max(initial=0, where=own < NO_LINK)) for own in rows)
-            for device, rows in zip(segments.classes, spent, strict=True)
+            count[runs.kind] * max(int(own.max(initial=0, where=own < NO_LINK)) for own in rows)
+            for runs, rows in zip(segments.runs, spent, strict=True)
         )
         low_bits = min(len(shares).bit_length(), KEY_BITS - longest.bit_length())
         coarser = len(shares).bit_length() - low_bits
         keys = []
-        for kind, runs in enumerate(segments.by_class):
+        for index, runs in enumerate(segments.runs):
             worse = (len(shares) - 1 - np.searchsorted(shares, runs.free_fraction).clip(0, len(shares) - 1)) >> coarser
-            of_kind = [np.where(own < NO_LINK, (own << low_bits) | worse, WORST_STAGE) for own in spent[kind]]
-            rows = zip(allowed[kind], of_kind, strict=True)
+            of_kind = [np.where(own < NO_LINK, (own << low_bits) | worse, WORST_STAGE) for own in spent[index]]
+            rows = zip(allowed[index], of_kind, strict=True)
             keys.append([[np.where(ends, own, WORST_STAGE) for ends in row] for row, own in rows])
         return keys, low_bits
 

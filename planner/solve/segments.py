@@ -1,6 +1,7 @@
 """Every contiguous run of units on every kind of device: whether it may lie there, what it leaves, what it takes.
 
-Arrays are indexed [start, end] for the units [start, end); where that is no run, `fits` is false.
+Arrays are indexed [start, end] for the units [start, end); where that is no run, `fits` is false. One unit without
+weights may float: it is in no run, and any run may carry it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.constraints import Unit
 from planner.errors import ConstraintError
 from planner.machine import Device
 from planner.memory import WORKSPACE_BYTES, StageLoad
 from planner.problem import NO_KV, TIMED, Problem
-from planner.solve.crossings import NO_LINK, Crossings, link_groups
+from planner.solve.crossings import FLOATING, NO_LINK, Crossings, Ends, link_groups
 from planner.timing import NS_PER_S
 
 Ints = NDArray[np.int64]
@@ -40,11 +42,20 @@ class DeviceClass:
     link_group: int
     is_home: bool
 
+    def beside(self, *, carries: bool) -> Ends:
+        """What is on such a device besides a run of the chain."""
+        return frozenset([None] * self.is_home + [FLOATING] * carries)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClassSegments:
-    """All runs on one class of device: extra KV positions, free share of memory, nanoseconds of arithmetic."""
+class Runs:
+    """All runs on one class of device: extra KV positions, free share of memory, nanoseconds of arithmetic.
 
+    `kind` is the class's place among all; with `carries` the floating unit is there too.
+    """
+
+    kind: int
+    carries: bool
     fits: Bools
     lacking_bytes: Ints
     extra_positions: Ints
@@ -53,26 +64,34 @@ class ClassSegments:
 
 
 class Segments:
-    """What a solver of chains has to know about a problem, computed once for all objectives."""
+    """What a solver of chains has to know about a problem, computed once.
 
-    def __init__(self, problem: Problem) -> None:
+    `floating` is the unit, by its place among the problem's, that floats instead of standing in the chain.
+    """
+
+    def __init__(self, problem: Problem, floating: int | None = None) -> None:
         self.problem = problem
-        self.num_units = len(problem.units)
+        self.floating = None if floating is None else problem.units[floating]
+        self.chain = tuple(unit for index, unit in enumerate(problem.units) if index != floating)
+        self.num_units = len(self.chain)
+        self._place = [FLOATING if unit is self.floating else self.chain.index(unit) for unit in problem.units]
         self.has_times = all(d.bandwidth_bytes_per_s and d.flops_per_s for d in problem.machine.devices)
         self.has_forbidden = any(not link.allowed for link in problem.machine.links)
         self.times = problem.times if self._links_matter else None
         self.groups_of_links = link_groups(problem.machine) if self._links_matter else [0] * len(_devices(problem))
         self.classes = self._device_classes()
         self.num_link_groups = max(self.groups_of_links) + 1
-        self._bytes, self._kv = _loads(problem)
-        self.by_class = [self._on(kind) for kind in self.classes]
+        self.runs: list[Runs] = []
+        for carried in ((), self.floating.members) if self.floating else ((),):
+            loads = _loads(problem, self.chain, carried)
+            self.runs += [self._on(kind, loads, carried) for kind in range(len(self.classes))]
         self.crossings = self.crossings_of(forbidden=False)
 
     def crossings_of(self, *, forbidden: bool) -> Crossings | None:
         """What crosses between runs, in nanoseconds or as uses of forbidden links; None where no link matters."""
         if self.times is None:
             return None
-        return Crossings(self.problem, self.times, self.groups_of_links, forbidden=forbidden)
+        return Crossings(self.problem, self.times, self.groups_of_links, self._place, forbidden=forbidden)
 
     @property
     def _links_matter(self) -> bool:
@@ -85,11 +104,11 @@ class Segments:
         alike: dict[object, list[int]] = {}
         for position, device in enumerate(_devices(problem)):
             sizes = (device.memory_bytes, device.context_bytes, device.reserve_bytes, problem.base_bytes(position))
-            speed = (device.bandwidth_bytes_per_s, device.flops_per_s, device.flops_fraction)
+            speed = device.speed
             key = (
                 position if position in pinned or self._is_home(position) else None,
                 sizes,
-                speed if timed else None,
+                (speed, device.host_bandwidth_bytes_per_s) if timed else None,
                 self.groups_of_links[position],
             )
             alike.setdefault(key, []).append(position)
@@ -111,31 +130,38 @@ class Segments:
             is_home=self._is_home(first),
         )
 
-    def _on(self, kind: DeviceClass) -> ClassSegments:
-        left = kind.capacity_bytes - self._bytes
-        legal = self._legal(kind)
-        growing = np.maximum(self._kv, 1)
-        return ClassSegments(
+    def _on(self, index: int, loads: tuple[Ints, Ints], carried: tuple[int, ...]) -> Runs:
+        kind, (num_bytes, per_position) = self.classes[index], loads
+        left = kind.capacity_bytes - num_bytes
+        legal = self._legal(kind, carries=bool(carried))
+        return Runs(
+            kind=index,
+            carries=bool(carried),
             fits=legal & (left >= 0),
             lacking_bytes=np.where(legal, np.maximum(-left, 0), NO_KV),
-            extra_positions=np.where(self._kv > 0, left // growing, NO_KV),
+            extra_positions=np.where(per_position > 0, left // np.maximum(per_position, 1), NO_KV),
             free_fraction=left / kind.device.memory_bytes,
-            compute_ns=self._compute_ns(kind),
+            compute_ns=self._compute_ns(kind, carried),
         )
 
-    def _legal(self, kind: DeviceClass) -> Bools:
-        """Runs of at least one unit, none of which is pinned elsewhere."""
-        elsewhere = [unit.pinned not in (None, *kind.positions) for unit in self.problem.units]
+    def _legal(self, kind: DeviceClass, *, carries: bool) -> Bools:
+        """Runs of at least one unit, none of which is pinned elsewhere; or none, for the floating unit alone.
+
+        Where in the chain nothing stands makes no difference, so it stands at the beginning.
+        """
+        elsewhere = [unit.pinned not in (None, *kind.positions) for unit in self.chain]
         before = np.concatenate(([0], np.cumsum(elsewhere)))
         starts, ends = np.ogrid[: self.num_units, : self.num_units + 1]
-        return np.asarray((ends > starts) & (before[ends] == before[starts]))
+        holds_any = (ends > starts) | (carries & (starts == 0) & (ends == 0))
+        return np.asarray(holds_any & (before[ends] == before[starts]))
 
-    def _compute_ns(self, kind: DeviceClass) -> Ints:
+    def _compute_ns(self, kind: DeviceClass, carried: tuple[int, ...]) -> Ints:
         times = self.times and self.times.groups[kind.positions[0]]
         if not self.times or not times:
-            return np.zeros_like(self._bytes)
-        spent = [[times[member].request_ns(self.times.new_tokens) for member in u.members] for u in self.problem.units]
-        before = [0, *accumulate(map(sum, spent))]
+            return np.zeros((self.num_units, self.num_units + 1), dtype=np.int64)
+        request_ns = [one.request_ns(self.times.new_tokens) for one in times]
+        spent = [sum(request_ns[member] for member in unit.members) for unit in self.chain]
+        before = [0, *accumulate(spent)]
         if before[-1] >= NO_LINK:
             raise ConstraintError(
                 f"an answer of {self.times.new_tokens} tokens takes {before[-1] / NS_PER_S:.3g} s on "
@@ -143,22 +169,26 @@ class Segments:
                 "Ask for fewer --new-tokens"
             )
         starts, ends = np.ogrid[: self.num_units, : self.num_units + 1]
-        return np.asarray(np.array(before)[ends] - np.array(before)[starts])
+        aside = sum(request_ns[member] for member in carried)
+        return np.asarray(np.array(before)[ends] - np.array(before)[starts] + aside)
 
 
 def _devices(problem: Problem) -> tuple[Device, ...]:
     return problem.machine.devices
 
 
-def _loads(problem: Problem) -> tuple[Ints, Ints]:
-    """Bytes without overheads, and KV bytes per position, of the units [start, end)."""
-    count = len(problem.units)
+def _loads(problem: Problem, chain: Sequence[Unit], carried: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """Bytes without overheads, and KV bytes per position, of the units [start, end) with the groups carried besides."""
+    count = len(chain)
     sizes = np.zeros((count, count + 1), dtype=np.int64)
     per_position = np.zeros((count, count + 1), dtype=np.int64)
     for start in range(count):
         stage = StageLoad(problem.table)
+        for member in carried:
+            stage.add(member)
+        sizes[start, start] = stage.load_bytes
         for end in range(start + 1, count + 1):
-            for member in problem.units[end - 1].members:
+            for member in chain[end - 1].members:
                 stage.add(member)
             sizes[start, end] = min(stage.load_bytes, BEYOND_BYTES)
             per_position[start, end] = min(stage.kv_bytes_per_position, BEYOND_BYTES)

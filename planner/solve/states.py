@@ -1,7 +1,8 @@
 """Which devices cover the rest of a chain: one recursion over sets of devices, for three kinds of question.
 
 A state is how many devices of each class are left, the link group of the stage before, and that of the first stage to
-come. Its row answers for every start. All states with equally many devices are computed together, as arrays.
+come; where a unit floats, also whether one of these stages carries it. Its row answers for every start. All states with
+equally many devices are computed together, as arrays.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.solve.segments import DeviceClass
+from planner.solve.segments import Segments
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Allowed = list[list[list[Bools]]]
-"""By class, and by link group of the stage before and after: whether a stage may be [start, end)."""
+"""By kind of run, and by link group of the stage before and after: whether a stage may be [start, end)."""
 
 NEVER = 2**61
 """A key worse than any placement's."""
@@ -37,24 +38,34 @@ class States:
     With `order`, devices may come in that order of classes only, which leaves few states and no proof.
     """
 
-    def __init__(
-        self, classes: Sequence[DeviceClass], num_units: int, deadline: float | None, order: Sequence[int] | None = None
-    ) -> None:
-        self._classes = classes
-        self.num_units = num_units
+    def __init__(self, segments: Segments, deadline: float | None, order: Sequence[int] | None = None) -> None:
+        self.num_units = segments.num_units
         self._deadline = deadline
         self._is_ordered = order is not None
-        self.num_groups = 1 + max(kind.link_group for kind in classes)
-        sizes = [len(kind.positions) + 1 for kind in classes]
-        self.counts = _nested(sizes, order) if order else np.indices(sizes).reshape(len(sizes), -1).T
-        self.used = self.counts.sum(axis=1)
+        self.num_groups = 1 + max(kind.link_group for kind in segments.classes)
+        self._group_of = [segments.classes[runs.kind].link_group for runs in segments.runs]
+        sizes = [len(kind.positions) + 1 for kind in segments.classes]
+        sets = _nested(sizes, order) if order else np.indices(sizes).reshape(len(sizes), -1).T
+        # Each set of devices twice, without and with the floating unit, where there is one.
+        copies = 2 if segments.floating else 1
+        self._counts = np.repeat(sets, copies, axis=0)
+        self._carrying = np.tile(np.arange(copies), len(sets))
+        self.used = self._counts.sum(axis=1)
+        self._is_whole = self._carrying == copies - 1
         # A set with one device less stands as many places before as the classes that vary faster have sets.
         strides = [1] * len(sizes) if order else [prod(sizes[kind + 1 :]) for kind in range(len(sizes))]
-        self._rest = [self._without(kind, stride) for kind, stride in enumerate(strides)]
+        self._rest = [self._without(runs.kind, copies * strides[runs.kind], runs.carries) for runs in segments.runs]
 
-    def without(self, state: int, kind: int) -> int | None:
-        """The state with one device of this class less; None where there is none, or the order takes another first."""
-        rest = int(self._rest[kind][state])
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def usable(self, num_devices: int) -> Ints:
+        """The states with at least so many devices that lack nothing else."""
+        return np.flatnonzero((self.used >= num_devices) & self._is_whole)
+
+    def without(self, state: int, run: int) -> int | None:
+        """The state that a stage of this kind of run leaves; None where there is none, or the order takes another."""
+        rest = int(self._rest[run][state])
         return None if rest < 0 else rest
 
     def cover(self, allowed: Allowed) -> Bools:
@@ -66,11 +77,11 @@ class States:
         found = np.zeros(self._shape, dtype=np.bool_)
         found[0, :, :, -1] = True
         reach = [[[np.ascontiguousarray(ends.T, dtype=np.float32) for ends in row] for row in rows] for rows in allowed]
-        alive = np.ones(len(self.counts), dtype=np.bool_)
+        alive = np.ones(len(self), dtype=np.bool_)
         in_reach = np.arange(self.num_units + 1) <= self._furthest_of_others(allowed)[:, None]
         for layer in self._layers():
             for kind, states, rest in self._steps(layer, alive):
-                group = self._classes[kind].link_group
+                group = self._group_of[kind]
                 for before, after in product(range(self.num_groups), repeat=2):
                     ends = found[rest, group, after].astype(np.float32)
                     found[states, before, group, :-1] |= (ends @ reach[kind][before][after]) > 0.5
@@ -80,11 +91,14 @@ class States:
     def furthest(self, allowed: Allowed) -> Ints:
         """By state, how far from the beginning its devices get at most, if a later start never gets less far.
 
-        That holds for the envelope taken here, so nothing is covered that this says is out of reach.
+        That holds for the envelope taken here, so nothing is covered that this says is out of reach. Where devices come
+        in one order only, the recursion would take them in the reverse of it: then nothing is said to be out of reach.
         """
+        if self._is_ordered:
+            return np.full(len(self), self.num_units)
         reach = [np.maximum.accumulate(_last_end(rows)) for rows in allowed]
-        found = np.zeros(len(self.counts), dtype=np.int64)
-        alive = np.ones(len(self.counts), dtype=np.bool_)
+        found = np.zeros(len(self), dtype=np.int64)
+        alive = np.ones(len(self), dtype=np.bool_)
         for layer in self._layers():
             for kind, states, rest in self._steps(layer, alive):
                 found[states] = np.maximum(found[states], reach[kind][found[rest]])
@@ -92,8 +106,6 @@ class States:
 
     def _furthest_of_others(self, allowed: Allowed) -> Ints:
         """By state, how far the devices that are not in it may get; the end where that is not known."""
-        if self._is_ordered:
-            return np.full(len(self.counts), self.num_units)
         return self.furthest(allowed)[::-1]  # counting devices from the other side reverses the states
 
     def cheapest(self, keys: list[list[list[Ints]]], low_bits: int, options: Ints) -> Ints:
@@ -106,12 +118,12 @@ class States:
         found[0, :, :, -1] = 0
         low = (1 << low_bits) - 1
         windows = [_windows(rows) for rows in keys]
-        alive = np.ones(len(self.counts), dtype=np.bool_)
-        usable = np.isin(np.arange(len(self.counts)), options)
+        alive = np.ones(len(self), dtype=np.bool_)
+        usable = np.isin(np.arange(len(self)), options)
         best_yet, before_start = NEVER, _least_sums(keys, low)
         for layer in self._layers():
             for kind, states, rest in self._steps(layer, alive):
-                group = self._classes[kind].link_group
+                group = self._group_of[kind]
                 for before, after in product(range(self.num_groups), repeat=2):
                     ends = np.ascontiguousarray(found[rest, group, after].T)
                     best = np.ascontiguousarray(found[states, before, group].T)
@@ -123,7 +135,7 @@ class States:
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
-        return len(self.counts), self.num_groups, self.num_groups, self.num_units + 1
+        return len(self), self.num_groups, self.num_groups, self.num_units + 1
 
     def _layers(self) -> Iterator[Ints]:
         """The states with one device, with two, and so on to all."""
@@ -131,7 +143,7 @@ class States:
             yield np.flatnonzero(self.used == used)
 
     def _steps(self, layer: Ints, alive: Bools) -> Iterator[tuple[int, Ints, Ints]]:
-        """Class by class, states of the layer, and those with a device of the class less, where these are alive."""
+        """By kind of run, states of the layer, and what a stage of that kind leaves of them, where that is alive."""
         for kind, rests in enumerate(self._rest):
             self._check_time()
             rest = rests[layer]
@@ -139,11 +151,11 @@ class States:
             if chosen.any():
                 yield kind, layer[chosen], rest[chosen]
 
-    def _without(self, kind: int, stride: int) -> Ints:
-        """By state, the one with a device less of this class, or -1."""
-        rest = np.arange(len(self.counts)) - stride
-        found = (rest >= 0) & (self.counts[rest, kind] == self.counts[:, kind] - 1)
-        return np.where(found, rest, -1)
+    def _without(self, kind: int, stride: int, carries: bool) -> Ints:
+        """By state, the one with a device less of this class, and without the floating unit if carried; or -1."""
+        rest = np.arange(len(self)) - stride - carries
+        found = (rest >= 0) & (self._counts[rest, kind] == self._counts[:, kind] - 1)
+        return np.where(found & (self._carrying[rest] == self._carrying - carries), rest, -1)
 
     def _check_time(self) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:

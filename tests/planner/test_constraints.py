@@ -146,3 +146,17 @@ def test_groups_listed_against_their_flow_are_refused() -> None:
 def test_a_group_may_read_what_it_made_itself() -> None:
     own = Flow(tensor="x", producer="vit", consumers=("vit",), phase="decode", num_bytes=constant(1))
     assert len(units(toy(flows=(own,)), PAIR, Constraints())) == 6
+
+
+def test_everything_that_is_wrong_with_the_pins_is_said_at_once_the_worst_first() -> None:
+    pins = {"model": 0, "model.layers": 1, "vision_proj": 1, "nose": 0, "vit": 7}
+    text = refusal(toy(HARD), Constraints(pins=pins))
+    first, *rest = text.splitlines()
+    assert first == "4 problems with the pins:"
+    starts = [
+        "  pin nose=0 names no module of toy",
+        "  pin vit=7 names a device that is not there",
+        "  pins model=0 and model.layers=1 contradict each other: both hold model.layers.1 and 1 more. Drop one.",
+        "  pins vision_proj=1, model=0 contradict a co-location",
+    ]
+    assert all(line.startswith(start) for line, start in zip(rest, starts, strict=True))

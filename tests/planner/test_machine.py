@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ REFUSED_FILES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown key of a device": (
         {"devices": [{"memory": "1GiB"}, {"memory": "1GiB", "mem": 1}]},
-        "devices[1] has unknown keys mem: known are bandwidth, context, flops, flops_fraction, host, index, kind",
+        "devices[1] has unknown keys mem: known are bandwidth, bandwidth_fraction, context, flops, flops_fraction,",
     ),
     "an unknown kind": (
         {"devices": [{"kind": "b300"}]},
@@ -316,3 +317,34 @@ def test_any_devices_survive_being_written_down(devices: list[Device]) -> None:
 
 def test_the_defaults_are_the_documented_ones() -> None:
     assert (CONTEXT_BYTES, RESERVE_BYTES) == (500 * MIB, 512 * MIB)
+
+
+@pytest.mark.parametrize("spec", ["2x24GiB", "24GiB,12GiB", "2xrtx4090,a100-80g", "rtx4090,24GiB,rtx4090"])
+def test_a_machines_shorthand_is_what_it_was_parsed_from(spec: str) -> None:
+    assert Machine.parse(spec).spec == spec
+    assert Machine.parse(spec).with_overheads(context_bytes=0).spec == spec
+
+
+def test_a_machine_that_shorthand_cannot_say_has_none() -> None:
+    machine = Machine.parse("2x24GiB")
+    link = Link(source="cuda:0", target="cuda:1", bandwidth_bytes_per_s=1e9)
+    assert replace(machine, links=(link,)).spec is None
+    assert machine.only([1]).spec is None
+    assert Machine.parse("rtx4090").limited({0: GIB}).spec is None
+    assert Machine.parse("a=24GiB/b=24GiB").spec is None
+
+
+def test_the_hosts_memory_and_links_are_part_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    path.write_text("host_memory: 64GiB\ndevices:\n- {memory: 24GiB, host_bandwidth: 25GB/s}\n- kind: rtx4090\n")
+    machine = Machine.load(path)
+    assert machine.host_memory_bytes == 64 * GIB
+    assert [device.host_bandwidth_bytes_per_s for device in machine.devices] == [25e9, None]
+    assert Machine.from_dict(machine.to_dict()) == machine
+    assert machine.only([0]).host_memory_bytes == 64 * GIB
+    assert "host_memory" not in Machine.parse("24GiB").to_dict()
+
+
+def test_a_host_memory_without_a_unit_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"machine, host_memory: '64'"):
+        Machine.from_dict({"devices": [{"memory": "24GiB"}], "host_memory": 64})

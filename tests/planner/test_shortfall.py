@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
+from planner.cli.main import main
 from planner.errors import InfeasibleError
 from planner.graph import ModuleGraph, ModuleGroup
 from planner.machine import Device, Machine
@@ -130,28 +131,65 @@ def test_a_smaller_batch_is_advised_to_the_last_sequence() -> None:
     assert "--batch-size 4" in error.advice
 
 
-def test_more_devices_are_advised_of_the_largest_kind() -> None:
+@pytest.mark.parametrize(
+    ("asked", "gpus", "advice"),
+    [
+        (Workload(batch_size=40, num_beams=3), "24GiB", "--batch-size 4"),
+        (Workload(num_beams=1000), "24GiB", "--num-beams 14"),
+        (Workload(batch_size=2, num_beams=20), "24GiB", "--num-beams 14 --batch-size 1"),
+    ],
+)
+def test_a_request_of_several_beams_is_that_many_sequences_in_advice(asked: Workload, gpus: str, advice: str) -> None:
+    model, machine = find_model("internlm-xcomposer2-vl-7b"), Machine.parse(gpus)
+    with pytest.raises(InfeasibleError) as refusal:
+        plan_for(model, machine, asked)
+    assert advice in refusal.value.advice
+    assert sum("--batch-size" in one for one in refusal.value.advice) <= 1
+    words = advice.split()
+    changed = {name[2:].replace("-", "_"): int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert plan_for(model, machine, replace(asked, **changed)).kv_tokens is not None
+    last = words[0][2:].replace("-", "_")
+    with pytest.raises(InfeasibleError):
+        plan_for(model, machine, replace(asked, **changed | {last: changed[last] + 1}))
+
+
+def test_more_devices_are_advised_of_the_largest_kind_and_one_as_large_as_it_takes() -> None:
     error = error_for(toy(10, 10, 10, 10), devices(9 * GIB, 10 * GIB))
-    assert error.advice == ("3 more devices of 10292MiB",)
-    assert error_for(toy(10, 10), devices(10 * GIB)).advice == ("1 more device of 10292MiB",)
+    assert error.advice == (
+        "--gpus 9268MiB,10292MiB,31GiB (1 more device of 31GiB)",
+        "--gpus 9268MiB,4x10292MiB (3 more devices of 10292MiB)",
+    )
+    assert error_for(toy(10, 10), devices(10 * GIB)).advice[-1] == "--gpus 2x10292MiB (1 more device of 10292MiB)"
+
+
+def test_where_no_shorthand_says_what_the_machine_is_words_do() -> None:
+    odd = devices(10 * GIB)
+    odd = replace(odd, devices=(replace(odd.devices[0], index=3),))
+    assert error_for(toy(10, 10), odd).advice[-1] == "1 more device of 10292MiB"
 
 
 def test_advice_is_in_the_message_and_every_piece_is_an_alternative() -> None:
     error = error_for(toy(10, 10, kv_mib=1), devices(11 * GIB, 11 * GIB), positions=900, batch=2)
-    assert error.advice == ("--new-tokens 412 (with --max-model-len 512 or less)", "--batch-size 1")
+    assert error.advice[:2] == ("--new-tokens 412 (with --max-model-len 512 or less)", "--batch-size 1")
     assert str(error).splitlines()[-1] == f"Would fit: {'; or '.join(error.advice)}."
 
 
-def test_without_any_advice_the_message_says_what_was_tried() -> None:
+def test_a_part_that_no_device_holds_is_named() -> None:
     error = error_for(toy(10), devices(9 * GIB))
+    assert "No device holds g0 alone (10.00 GiB of weights), and that cannot be cut." in str(error)
+    assert "No device holds" not in str(error_for(toy(10, 10), devices(10 * GIB)))
+
+
+def test_without_any_advice_the_message_says_what_was_tried() -> None:
+    error = error_for(toy(300), devices(9 * GIB))
     assert error.advice == ()
     assert str(error).endswith("No shorter context, smaller batch or one to 8 more devices of this size would fit.")
     assert MAX_EXTRA_DEVICES == 8
 
 
 def test_eight_more_devices_are_advised_and_nine_are_not() -> None:
-    assert error_for(toy(*[10] * 9), devices(10 * GIB)).advice == ("8 more devices of 10292MiB",)
-    assert error_for(toy(*[10] * 10), devices(10 * GIB)).advice == ()
+    assert error_for(toy(*[40] * 9), devices(40 * GIB)).advice == ("--gpus 9x41012MiB (8 more devices of 41012MiB)",)
+    assert error_for(toy(*[40] * 10), devices(40 * GIB)).advice == ()
 
 
 # -- advice on the real model, followed
@@ -164,19 +202,37 @@ def outcome(spec: str, workload: Workload) -> Plan | InfeasibleError:
         return error
 
 
-def followed(advice: str, spec: str, workload: Workload, *, more: int) -> tuple[str, Workload]:
-    """The question that `advice` leads to, and with `more`, the one a unit beyond it."""
-    if match := re.fullmatch(r"--new-tokens (\d+) \(with --max-model-len (\d+) or less\)", advice):
-        return spec, replace(workload, new_tokens=int(match[1]) + more, max_model_len=None)
-    if match := re.fullmatch(r"--batch-size (\d+)", advice):
-        return spec, replace(workload, batch_size=int(match[1]) + more)
-    if match := re.fullmatch(r"--(dtype|attention) (\w+)", advice):
-        option: dict[str, Any] = {match[1]: match[2]}
-        return spec, workload if more else replace(workload, **option)
-    match = re.fullmatch(r"(\d+) more devices? of (\S+)", advice)
-    assert match is not None, advice
-    count = int(match[1]) - more
-    return f"{spec},{count}x{match[2]}" if count else spec, workload
+def options(spec: str, workload: Workload) -> list[str]:
+    """The command line that asks for a workload."""
+    given = {
+        field: getattr(workload, field) for field in ("batch_size", "prompt_tokens", "new_tokens", "max_model_len")
+    }
+    named = {field: getattr(workload, field) for field in ("dtype", "attention")}
+    texts = {field.replace("_", "-"): str(value) for field, value in {**given, **named}.items() if value is not None}
+    return ["--gpus", spec, *(part for name, text in texts.items() for part in (f"--{name}", text))]
+
+
+def exit_code(spec: str, workload: Workload, advice: str, output: Path) -> int:
+    """Of the command as it was asked, with the advised options behind it; a later option counts."""
+    argv = [COMPOSER.name, *options(spec, workload), "--no-proof", "--quiet", "-o", str(output), "--force"]
+    if advice.startswith("--new-tokens"):
+        argv += ["--max-model-len", re.findall(r"--max-model-len (\d+)", advice)[0]]
+    return main([*argv, *advice.partition(" (")[0].split()])
+
+
+def beyond(advice: str, spec: str) -> str | None:
+    """The same advice by one unit more, or fewer; None where it has no unit."""
+    if match := re.match(r"--(new-tokens|batch-size) (\d+)", advice):
+        more = f"--{match[1]} {int(match[2]) + 1}"
+        return f"{more} (with --max-model-len 9999999 or less)" if match[1] == "new-tokens" else more
+    if match := re.search(r"\((\d+) more devices? of (\S+)\)", advice):
+        count, size = int(match[1]) - 1, re.fullmatch(r"(\d+)GiB", match[2])
+        if count:
+            return f"--gpus {spec},{count}x{match[2]}"
+        if size and size[0] not in spec:
+            return f"--gpus {spec},{int(size[1]) - 1}GiB"
+        return f"--gpus {spec}"
+    return None
 
 
 DOES_NOT_FIT: dict[str, tuple[str, Workload, set[str]]] = {
@@ -198,27 +254,29 @@ DOES_NOT_FIT: dict[str, tuple[str, Workload, set[str]]] = {
 
 @pytest.mark.parametrize(("spec", "workload", "kinds"), DOES_NOT_FIT.values(), ids=DOES_NOT_FIT)
 def test_advice_is_true_and_one_unit_more_than_advised_does_not_fit(
-    spec: str, workload: Workload, kinds: set[str]
+    spec: str, workload: Workload, kinds: set[str], tmp_path: Path
 ) -> None:
     error = outcome(spec, workload)
     assert isinstance(error, InfeasibleError)
     assert kinds <= {word for advice in error.advice for word in advice.split()}
     for advice in error.advice:
-        assert isinstance(outcome(*followed(advice, spec, workload, more=0)), Plan), advice
-        assert isinstance(outcome(*followed(advice, spec, workload, more=1)), InfeasibleError), advice
+        assert exit_code(spec, workload, advice, tmp_path / "plan.yaml") == 0, advice
+        further = beyond(advice, spec)
+        assert further is None or exit_code(spec, workload, further, tmp_path / "plan.yaml") == 1, further
 
 
 def test_the_cache_length_that_is_advised_is_the_longest_that_fits() -> None:
     error = outcome("24GiB", Workload(new_tokens=100_000))
     assert isinstance(error, InfeasibleError)
-    longest = int(re.findall(r"--max-model-len (\d+)", error.advice[0])[0])
+    longest = int(re.findall(r"--max-model-len (\d+)", str(error.advice))[0])
     assert isinstance(outcome("24GiB", Workload(max_model_len=longest)), Plan)
     assert isinstance(outcome("24GiB", Workload(max_model_len=longest + 1)), InfeasibleError)
 
 
 def test_where_no_advice_is_given_none_of_it_would_help() -> None:
     error = outcome("2GiB", Workload(batch_size=2))
-    assert isinstance(error, InfeasibleError) and error.advice == ()
+    assert isinstance(error, InfeasibleError)
+    assert [advice.split()[0] for advice in error.advice] == ["--gpus"] and "1 more device of 18GiB" in error.advice[0]
     for spec, workload in (("2GiB", Workload(batch_size=1)), ("2GiB", Workload(new_tokens=1)), ("9x2GiB", Workload())):
         assert isinstance(outcome(spec, workload), InfeasibleError)
 

@@ -1,10 +1,12 @@
-"""Modules that rest on the host and run on a GPU: the same bits, two of them on the device at most, and the price."""
+"""Modules that rest on the host and run on a GPU: the same bits, two slots of the device, the price."""
 
 from __future__ import annotations
 
 import copy
 import gc
 from collections.abc import Iterator
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from planner import PlanMismatchError
 from runtime import inspect_placement, shard
 from runtime.offload import OffloadPrice, running_map
+from runtime.virtual.process import PROCESS
 
 NUM_LAYERS = 8
 CPU, ZERO, ONE = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
@@ -53,7 +56,7 @@ def test_offloaded_layers_give_the_whole_models_tokens(whole: LlamaForCausalLM, 
     assert split.generate(ids.to("vgpu:0"), **options).tolist() == whole.generate(ids, **options).tolist()
 
 
-def test_between_forwards_offloaded_layers_take_no_gpu_memory(whole: LlamaForCausalLM) -> None:
+def test_between_forwards_offloaded_layers_are_on_the_host_and_slots_stay(whole: LlamaForCausalLM) -> None:
     split = offloading(whole, 2, 3)
     before = [torch.vgpu.memory_allocated(index) for index in range(2)]
     with torch.no_grad():
@@ -64,14 +67,65 @@ def test_between_forwards_offloaded_layers_take_no_gpu_memory(whole: LlamaForCau
     assert {parameter.device for parameter in split.model.layers[2].parameters()} == {CPU}
 
 
-def test_one_offloaded_layer_is_on_the_device_at_a_time(whole: LlamaForCausalLM) -> None:
+def test_however_many_layers_rest_there_two_of_them_are_on_the_device(whole: LlamaForCausalLM) -> None:
+    """Every layer on the host; what a forward adds to the two slots is activations."""
     split = offloading(whole, *range(NUM_LAYERS))
     resident = torch.vgpu.memory_allocated(0)
+    kept = sum(tensor.nbytes for tensor in (*split.parameters(), *split.buffers()) if tensor.device.index == 0)
+    assert kept + 2 * layer_bytes(whole) <= resident < kept + 2 * layer_bytes(whole) + SLACK
     torch.vgpu.reset_peak_memory_stats()
     with torch.no_grad():
         split(torch.arange(6).view(1, 6).to("vgpu:0"))
-    growth = torch.vgpu.max_memory_allocated(0) - resident
-    assert layer_bytes(whole) <= growth < 2 * layer_bytes(whole)
+    assert torch.vgpu.max_memory_allocated(0) - resident < layer_bytes(whole)
+
+
+SLACK = 16 * 1024
+"""Rounding of a slot's tensors and of allocations."""
+
+
+def copied_layers(whole: LlamaForCausalLM, layers: tuple[int, ...], forwards: int) -> list[int]:
+    """How many copies from the host each forward makes, of a layer's size."""
+    split = offloading(whole, *layers)
+    counts = []
+    for _ in range(forwards):
+        watch = Copies(layer_bytes(whole))
+        PROCESS.observer = watch
+        try:
+            with torch.no_grad():
+                split(torch.arange(6).view(1, 6).to("vgpu:0"))
+        finally:
+            PROCESS.observer = None
+        counts.append(watch.count)
+    return counts
+
+
+class Copies:
+    """Counts copies of as many bytes as a layer has: those into slots."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self.count = 0
+
+    def ran(self, op: Any, args: Any, outcome: Any) -> None:
+        self.count += "copy" in str(op) and isinstance(outcome, torch.Tensor) and outcome.nbytes >= self._num_bytes
+
+    def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
+        """A tensor that is made on another device: inputs."""
+
+    def mismatched(self, problem: Any, tensors: Any) -> None:
+        raise problem
+
+
+@pytest.mark.parametrize(
+    ("layers", "copies"),
+    [((0, 1, 2), [4, 3, 3]), ((0, 1), [2, 0, 0]), ((2,), [1, 0, 0]), ((0, 1, 2, 4, 5, 6), [7, 6, 6])],
+    ids=["three", "two", "one", "six"],
+)
+def test_each_layer_crosses_once_a_forward_and_one_is_ahead(
+    whole: LlamaForCausalLM, layers: tuple[int, ...], copies: list[int]
+) -> None:
+    """The first forward also makes the first copy of the second; no more layers than slots stay in them."""
+    assert copied_layers(whole, layers, 3) == copies
 
 
 def test_a_forward_that_fails_leaves_the_layers_on_the_host(whole: LlamaForCausalLM) -> None:
@@ -83,14 +137,55 @@ def test_a_forward_that_fails_leaves_the_layers_on_the_host(whole: LlamaForCausa
     assert {parameter.device for parameter in split.model.layers[3].parameters()} == {CPU}
 
 
+def test_a_second_thread_is_refused_and_the_first_one_undisturbed(whole: LlamaForCausalLM) -> None:
+    split = offloading(whole, 2, 3, 5)
+    ids = torch.arange(6).view(1, 6)
+    refused = []
+
+    def run_another(*_: Any) -> None:
+        def forward() -> None:
+            with pytest.raises(RuntimeError, match="run one forward at a time"), torch.no_grad():
+                split(ids.to("vgpu:0"))
+            refused.append(True)
+
+        thread = Thread(target=forward)
+        thread.start()
+        thread.join()
+
+    handle = split.model.layers[3].mlp.register_forward_pre_hook(run_another)
+    with torch.no_grad():
+        assert torch.equal(split(ids.to("vgpu:0")).logits.cpu(), whole(ids).logits)
+    handle.remove()
+    assert refused == [True]
+
+
+def test_an_interrupt_inside_a_layer_leaves_the_next_forward_right(whole: LlamaForCausalLM) -> None:
+    split = offloading(whole, 2, 3, 5)
+    ids = torch.arange(6).view(1, 6)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = split.model.layers[3].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        split(ids.to("vgpu:0"))
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(split(ids.to("vgpu:0")).logits.cpu(), whole(ids).logits)
+
+
 def test_the_price_is_the_bytes_that_cross(whole: LlamaForCausalLM) -> None:
-    split = offloading(whole, 2, 3, 6)
-    assert split.offload.modules == ("model.layers.2", "model.layers.3", "model.layers.6")
+    split = offloading(whole, 1, 2, 3, 6)
+    assert split.offload.modules == ("model.layers.1", "model.layers.2", "model.layers.3", "model.layers.6")
     assert split.offload.bytes_per_forward == 3 * layer_bytes(whole)
     assert split.offload.seconds_per_forward(1e6) == 3 * layer_bytes(whole) / 1e6
     del split
     gc.collect()
     assert offloading(whole).offload is None
+
+
+def test_no_more_layers_than_slots_cross_no_more(whole: LlamaForCausalLM) -> None:
+    assert offloading(whole, 2, 3).offload.bytes_per_forward == 0
 
 
 def test_the_price_is_said_in_a_sentence() -> None:

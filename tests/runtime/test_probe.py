@@ -9,7 +9,7 @@ import pytest
 from planner.errors import MachineError
 from planner.machine import gpu_presets
 from runtime.probe import read_machine
-from runtime.readings import GpuReading, MigReading, PairReading, machine_of
+from runtime.readings import GpuReading, MigReading, PairReading, available_bytes, machine_of
 
 GIB = 2**30
 
@@ -150,3 +150,26 @@ def test_a_machine_without_a_driver_gets_one_clear_line() -> None:
         assert "--gpus 2x24GiB" in str(problem)
     else:
         assert all(reading.total_bytes >= reading.free_bytes > 0 for reading in readings)
+
+
+def test_a_cards_link_to_the_host_is_its_lanes_at_the_best_generation() -> None:
+    """Written from the specifications: 16 lanes of generation 4 carry 31.5 GB/s, 8 of generation 3 7.9 GB/s."""
+    cards = [
+        GpuReading(name="A", uuid="GPU-a", total_bytes=GIB, free_bytes=GIB, pcie_generation=4, pcie_lanes=16),
+        GpuReading(name="A", uuid="GPU-b", total_bytes=GIB, free_bytes=GIB, pcie_generation=3, pcie_lanes=8),
+        GpuReading(name="A", uuid="GPU-c", total_bytes=GIB, free_bytes=GIB),
+    ]
+    rates = [device.host_bandwidth_bytes_per_s for device in machine_of(cards, {}).devices]
+    assert rates[0] == pytest.approx(31.5e9, rel=0.01) and rates[1] == pytest.approx(7.9e9, rel=0.01)
+    assert rates[2] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("MemTotal:  65536 kB\nMemFree:  10 kB\nMemAvailable:   131073 kB\n", 128 * 2**20),
+        ("MemTotal:  65536 kB\n", None),
+    ],
+)
+def test_what_the_host_has_free_is_what_linux_calls_available(text: str, num_bytes: int | None) -> None:
+    assert available_bytes(text) == num_bytes

@@ -1,0 +1,232 @@
+"""Decoder layers on the host where nothing fits otherwise: against brute force over all sets of layers and all cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
+from itertools import chain, combinations, permutations
+
+import pytest
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from planner.assembly import make_plan
+from planner.errors import SourceError
+from planner.graph import INPUTS, Flow, ModuleGraph, ModuleGroup, Phase, PhaseCost
+from planner.machine import Device, Machine
+from planner.memory import WORKSPACE_BYTES
+from planner.pages.html_page import plan_page
+from planner.plan import HOST, ModelSummary, Offload, Plan
+from planner.polynomial import Quantities, constant
+from planner.problem import PlacedStage, Problem, evaluate, host_bytes
+from planner.report import report
+from planner.solve import offloading, tied
+from planner.streaming import NOTHING, streaming
+from planner.timing import Times
+from planner.units import MIB
+from planner.workload import Workload
+
+LAYER = 50 * MIB
+ENDS = 30 * MIB
+COUNTS = Quantities(batch=1, images=0, patches=0, text_tokens=8, image_tokens=0, positions=10)
+NEW_TOKENS = 2
+
+briefly = settings(derandomize=True, deadline=None, max_examples=35)
+
+
+def group(name: str, weight_bytes: int, launches: int) -> ModuleGroup:
+    is_layer = name.startswith("layers")
+    cost = PhaseCost(launches=constant(launches), read_bytes=constant(weight_bytes))
+    return ModuleGroup(
+        id=name,
+        modules=(name,),
+        role="decoder_layer" if is_layer else "embedding" if name == "embed" else "head",
+        module_list="layers" if is_layer else None,
+        weight_bytes=weight_bytes,
+        num_parameters=weight_bytes // 2,
+        kv_bytes_per_position=64 if is_layer else 0,
+        prefill=cost,
+        decode=cost,
+    )
+
+
+def graph(num_layers: int, launches: int = 10, end_launches: int = 5) -> ModuleGraph:
+    names = ["embed", *(f"layers.{i}" for i in range(num_layers)), "head"]
+    groups = tuple(
+        group(name, LAYER, launches) if name.startswith("layers") else group(name, ENDS, end_launches) for name in names
+    )
+    ids = Flow(tensor="input_ids", producer=INPUTS, consumers=("embed",), phase="prefill", num_bytes=constant(8))
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    flows = tuple(
+        Flow(tensor="x", producer=a, consumers=(b,), phase=phase, num_bytes=constant(4000))
+        for phase in phases
+        for a, b in zip(names, names[1:], strict=False)
+    )
+    return ModuleGraph(name="toy", dtype="float16", groups=groups, flows=(ids, *flows))
+
+
+def device(index: int, spare_bytes: int, rate: float | None = 1e10, speed: float | None = 1e12) -> Device:
+    return Device(
+        index=index,
+        memory_bytes=WORKSPACE_BYTES + spare_bytes + MIB,
+        context_bytes=0,
+        reserve_bytes=0,
+        bandwidth_bytes_per_s=speed,
+        flops_per_s=speed and 1e14,
+        host_bandwidth_bytes_per_s=rate,
+    )
+
+
+def problem_of(made: ModuleGraph, machine: Machine) -> Problem:
+    return replace(Problem.of(made, machine, COUNTS), new_tokens=NEW_TOKENS)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Layers of equal weight on one or two cards that may hold them all, or not even with most of them away."""
+    num_layers = draw(st.integers(3, 6))
+    spare = draw(st.lists(st.integers(1, 6), min_size=1, max_size=2))
+    rates = [draw(st.sampled_from([1e9, 1e11, 1e12])) for _ in spare]
+    devices = (device(i, ENDS * 2 + n * LAYER, rates[i]) for i, n in enumerate(spare))
+    made = graph(num_layers, draw(st.sampled_from([1, 100, 1000])), draw(st.sampled_from([1, 2000])))
+    return problem_of(made, Machine(devices=tuple(devices), host_memory_bytes=2**40))
+
+
+def placements(problem: Problem) -> Iterator[tuple[PlacedStage, ...]]:
+    count = len(problem.graph.groups)
+    layers = range(1, count - 1)
+    subsets = list(chain.from_iterable(combinations(layers, n) for n in range(len(layers) + 1)))
+    for num_stages in range(1, len(problem.machine.devices) + 1):
+        for cuts in combinations(range(1, count), num_stages - 1):
+            runs = [tuple(range(a, b)) for a, b in zip((0, *cuts), (*cuts, count), strict=True)]
+            for devices in permutations(range(len(problem.machine.devices)), num_stages):
+                for away in subsets:
+                    yield tuple(
+                        PlacedStage(device=d, members=run, on_host=tuple(m for m in run if m in away))
+                        for d, run in zip(devices, runs, strict=True)
+                    )
+
+
+def shortest(problem: Problem) -> int | None:
+    found = (evaluate(problem, stages) for stages in placements(problem))
+    return min((one.times.latency_ns for one in found if one.fits and one.times), default=None)
+
+
+@briefly
+@given(problems())
+def test_it_equals_brute_force_over_every_set_of_layers_on_the_host(problem: Problem) -> None:
+    assume(tied.solve(problem).status == "INFEASIBLE")
+    best, solution = shortest(problem), offloading.solve(problem)
+    event("does not fit" if best is None else f"{len(problem.machine.devices)} cards")
+    assert (solution is None) == (best is None)
+    if solution is not None:
+        evaluation = evaluate(problem, solution.stages)
+        assert evaluation.fits and evaluation.times is not None
+        assert solution.status == "OPTIMAL"
+        assert evaluation.times.latency_ns == solution.value == solution.bound == best
+
+
+def one_card(num_resident: int, num_layers: int = 8, **options: float | None) -> Problem:
+    """A card for the ends, so many layers, and the two slots."""
+    spare = 2 * ENDS + (num_resident + 2) * LAYER
+    return problem_of(graph(num_layers), Machine(devices=(device(0, spare, **options),), host_memory_bytes=2**40))
+
+
+def on_host(problem: Problem) -> list[int]:
+    solution = offloading.solve(problem)
+    assert solution is not None
+    return [member - 1 for stage in solution.stages for member in stage.on_host]
+
+
+def test_layers_on_the_host_are_as_few_as_fit_and_evenly_spread() -> None:
+    assert on_host(one_card(4)) == [1, 3, 5, 7]
+    assert on_host(one_card(5)) == [2, 5, 7] or on_host(one_card(5)) == [1, 4, 7]
+    assert on_host(one_card(0)) == list(range(8))
+
+
+def test_two_slots_are_not_worth_having_for_two_layers() -> None:
+    """Six of eight layers fit: with two more in slots all do, so three have to be away."""
+    assert len(on_host(one_card(5))) == 3
+    assert tied.solve(one_card(6)).status == "OPTIMAL"
+
+
+def test_the_host_has_to_have_room() -> None:
+    asked = one_card(4)
+    limited = replace(asked, machine=replace(asked.machine, host_memory_bytes=4 * LAYER))
+    short = replace(asked, machine=replace(asked.machine, host_memory_bytes=4 * LAYER - 1))
+    assert offloading.solve(limited) is not None and offloading.solve(short) is None
+
+
+def test_what_copies_take_is_covered_by_what_runs_meanwhile() -> None:
+    """Five groups of 10 ns a token; the second and the fourth, of 150 and 250 bytes, and the last rest on the host."""
+    card = device(0, 0, rate=10e9)
+    spent = [Times(first_ns=100, token_ns=10)] * 5
+    found = streaming(card, spent, [None, 150_000, None, 250_000, 350_000])
+    copies = [26_000 + 15_000, 26_000 + 25_000, 26_000 + 35_000]
+    assert found.slots_bytes == 2 * 350_000 and found.pass_bytes == 750_000
+    assert found.waiting.token_ns == sum(copies) - 50
+    assert found.waiting.first_ns == sum(copies) - 400, "what follows the last group covers nothing of the first prompt"
+
+
+def test_as_many_as_there_are_slots_stay_in_them() -> None:
+    found = streaming(device(0, 0), [Times(token_ns=1)] * 3, [None, 7, 9])
+    assert (found.slots_bytes, found.pass_bytes, found.waiting) == (18, 0, Times())
+    assert streaming(device(0, 0), [Times()], [None]) == NOTHING
+
+
+def planned(problem: Problem) -> Plan:
+    solution = offloading.solve(problem)
+    assert solution is not None
+    summary = ModelSummary(name="toy", architecture="A", num_parameters=1, weight_bytes=1, dtype="float16")
+    workload = Workload(dtype="float16", kv_dtype="float16", max_model_len=10, num_images=0)
+    return make_plan(problem, solution, model=summary, workload=workload, fingerprint="f")
+
+
+def test_a_plan_says_what_rests_on_the_host_and_where_it_runs() -> None:
+    problem = one_card(4)
+    plan = planned(problem)
+    assert [name for name, key in plan.placement.items() if key == HOST] == [f"layers.{i}" for i in (1, 3, 5, 7)]
+    assert set(plan.running.values()) == {0} and list(plan.running) == list(plan.placement)
+    assert plan.offload is not None and plan.offload.host_bytes == plan.offload.pass_bytes == 4 * LAYER
+    assert plan.memory[0].weights_bytes == 2 * ENDS + (8 - 4 + 2) * LAYER
+    assert host_bytes(problem, offloading.solve(problem).stages) == 4 * LAYER  # type: ignore[union-attr]
+    assert Plan.from_yaml(plan.to_yaml()) == plan
+
+
+def test_a_plan_without_offload_knows_no_host() -> None:
+    text = planned(one_card(4)).to_yaml()
+    head, _, rest = text.partition("offload:\n")
+    tail = rest[rest.index("memory:") :]
+    with pytest.raises(SourceError, match=r"device_map says layers\.1: 'cpu'"):
+        Plan.from_yaml(head + tail)
+
+
+def printed(plan: Plan) -> str:
+    stream = StringIO()
+    Console(file=stream, width=120).print(report(plan))
+    return stream.getvalue()
+
+
+def test_the_report_shows_the_price() -> None:
+    text = printed(planned(one_card(4)))
+    assert "host    for cuda:0: layers.1, 3, 5, 7" in text
+    assert "Host offload: 0.20 GiB of weights rest on the host; 0.20 GiB cross to the GPUs for every prompt" in text
+    assert "A token waits 19.3 ms for them: 21.1 ms instead of 1.8 ms with enough memory for all weights." in text
+
+
+def test_without_speeds_the_report_shows_what_copies_take() -> None:
+    plan = planned(one_card(4, speed=None, rate=None))
+    assert plan.estimate.tpot_s is None
+    assert plan.offload == Offload(host_bytes=4 * LAYER, pass_bytes=4 * LAYER, copying_s=4 * LAYER / PCIE_3_X16)
+    assert "The copies alone take 13.3 ms a token." in printed(plan)
+
+
+PCIE_3_X16 = 8e9 * 16 * 128 / 130 / 8
+
+
+def test_the_page_shows_the_price_and_where_layers_run() -> None:
+    problem = one_card(4)
+    page = plan_page(planned(problem), problem.graph)
+    assert "Host offload: 0.20 GiB of weights rest on the host" in page and "layers.7: cpu" in page
