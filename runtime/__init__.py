@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Pipeline": "runtime.pipeline.pipeline",
     "diagnose": "runtime.diagnosis.diagnosis",
     "dry_run": "runtime.proof",
     "inspect_placement": "runtime.inspection",
@@ -18,6 +19,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Pipeline",
     "diagnose",
     "dry_run",
     "inspect_placement",

@@ -12,7 +12,7 @@ from PIL import Image
 from planner import Machine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEED_ARGUMENTS = {"generate_from_picture.py"}
+NEED_ARGUMENTS = {"generate_from_picture.py", "answer_in_a_pipeline.py"}
 
 
 def run(script: str, *arguments: object) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from planner.cli import options
 from planner.cli.run_jsonl import Results, open_results
+from planner.cli.run_pipeline import run_stage
 from planner.errors import ConstraintError
 from planner.plan import Plan
 from planner.units import format_bytes
@@ -30,8 +31,9 @@ PLACES = ("virtual", "cpu")
 
 def run(argv: Sequence[str]) -> int:
     """Load the model as planned and answer; 3 when questions of a file failed."""
-    arguments = _parser().parse_args(argv)
-    _refuse_contradictions(arguments)
+    arguments = arguments_of(argv)
+    if arguments.pipeline:
+        return run_stage(arguments)
 
     def say(text: str) -> None:
         if not arguments.quiet:
@@ -45,6 +47,13 @@ def run(argv: Sequence[str]) -> int:
     if results is None:
         return _answer_one(model, prompter, sampling, arguments, say)
     return _answer_all(model, prompter, sampling, results, say)
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments. Raises: ConstraintError for those that contradict each other."""
+    arguments = _parser().parse_args(argv)
+    _refuse_contradictions(arguments)
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,10 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--plan", type=Path, metavar="FILE", help="made by plan-devices; without it one is made now")
     plan.add_argument("--replan", action="store_true", help="keep the plan's workload, and place it anew")
     plan.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    options.add_quantize_arguments(plan)
     plan.add_argument("--attention", choices=get_args(Attention), default="sdpa")
     plan.add_argument("--batch-size", type=options.count, default=1, metavar="N", help="of --input, asked at once")
     plan.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
     plan.add_argument("--verify", action="store_true", help="show what lies where, and watch the first forward")
+    stages = parser.add_argument_group("one process per stage (see plan-devices launch)")
+    stages.add_argument("--pipeline", action="store_true", help="be one stage of --plan, under torchrun")
+    stages.add_argument("--groups", type=options.count, metavar="N", help="in flight (default: by the plan's estimate)")
+    stages.add_argument("--group-size", type=options.count, metavar="N", help="questions that go together")
+    stages.add_argument("--chart", action="store_true", help="draw who worked when")
+    stages.add_argument("--host", metavar="NAME", help="this host's name in a plan over several")
     options.add_hub_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     return parser
@@ -177,7 +193,7 @@ def _asked(
     The positions of pictures count as text too: how many are theirs shows only when the costs are known.
     """
     positions = prompter.inputs([question])["input_ids"].shape[1] if question else 0
-    most_images = max((len(one["images"]) for one in results.left), default=0) if results else 0
+    most_images = max((len(one["images"]) for _, one in results.left), default=0) if results else 0
     try:
         return Workload(
             batch_size=arguments.batch_size,
@@ -186,6 +202,8 @@ def _asked(
             new_tokens=arguments.max_new_tokens or Workload().new_tokens,
             dtype=arguments.dtype,
             attention=arguments.attention,
+            quantize=arguments.quantize,
+            quantize_vision=arguments.quantize_vision,
         )
     except ValueError as problem:
         raise ConstraintError(str(problem)) from problem

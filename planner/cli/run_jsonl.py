@@ -1,4 +1,4 @@
-"""Questions and answers as JSON lines: in order, one line as soon as an answer is there, resumed where it stopped."""
+"""Questions and answers as JSON lines: one line as soon as an answer is there, resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from planner.errors import ConstraintError, PlannerError, SourceError
 if TYPE_CHECKING:
     from runtime.answers import Answer, Sampling
     from runtime.placed import Placed
-    from vlm.prompting import Prompter
+    from vlm.prompting import Prompter, Question
 
 Record = Mapping[str, Any]
 
@@ -29,17 +29,17 @@ class Results:
     """The answers' file, and the records of the input that it has no line for yet."""
 
     path: Path
-    left: list[Record]
+    left: list[tuple[int, Record]]
     folder: Path
     num_done: int = 0
     num_failed: int = 0
 
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of the next records, and let them survive whatever comes.
+    def add(self, lines: Mapping[int, Mapping[str, Any]]) -> None:
+        """Write the lines of records, by their numbers, and let them survive whatever comes.
 
         Raises: SourceError when the disk or the folder refuses.
         """
-        numbered = [{"index": self.num_done + offset, **line} for offset, line in enumerate(lines)]
+        numbered = [{"index": index, **line} for index, line in lines.items()]
         try:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(_text(numbered))
@@ -48,8 +48,18 @@ class Results:
         except OSError as problem:
             raise SourceError(f"{self.path} cannot be written: {problem.strerror}. Run again to go on") from problem
         self.num_done += len(lines)
-        self.num_failed += sum("error" in line for line in lines)
-        del self.left[: len(lines)]
+        self.num_failed += sum("error" in line for line in lines.values())
+        self.left = [(index, record) for index, record in self.left if index not in lines]
+
+    def put_in_order(self) -> None:
+        """Sort the file's lines as the questions are, where they were written as they came.
+
+        Raises: SourceError when the disk or the folder refuses.
+        """
+        lines = _finished(self.path)
+        ordered = sorted(lines, key=lambda line: line["index"])
+        if ordered != lines:
+            write_output(_text(ordered), self.path)
 
 
 def _text(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -82,31 +92,34 @@ def open_results(source: Path, target: Path, *, force: bool) -> Results:
     if target.is_dir() or not target.parent.is_dir():
         raise ConstraintError(f"{target} is no file that can be written: name one in a folder that exists")
     done = [] if force else _finished(target)
-    for index, line in enumerate(done):
-        if index >= len(records) or line.get("prompt") != records[index]["prompt"]:
+    for number, line in enumerate(done, 1):
+        if line["index"] >= len(records) or line.get("prompt") != records[line["index"]]["prompt"]:
             raise ConstraintError(
-                f"{target} answers other questions than {source}, from line {index + 1} on: choose another --output, "
+                f"{target} answers other questions than {source}, from line {number} on: choose another --output, "
                 "or start it anew with --force"
             )
     write_output(_text(done), target)
     failed = sum("error" in line for line in done)
-    return Results(path=target, left=records[len(done) :], folder=source.parent, num_done=len(done), num_failed=failed)
+    answered = {line["index"] for line in done}
+    left = [(index, record) for index, record in enumerate(records) if index not in answered]
+    return Results(path=target, left=left, folder=source.parent, num_done=len(done), num_failed=failed)
 
 
 def answer_records(
     model: Placed, prompter: Prompter, sampling: Sampling, results: Results
 ) -> Iterator[tuple[list[Answer], float]]:
     """Answer what is left, a planned batch at a time; yields the answers of each and the seconds it took."""
-    batch_size = model.plan.quantities.batch
+    batch_size = model.plan.workload.batch_size
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         total = len(results.left) + results.num_done
         task = progress.add_task("Answering", total=total, completed=results.num_done)
         while results.left:
-            records = list(islice(results.left, batch_size))
+            numbered = list(islice(results.left, batch_size))
+            records = [record for _, record in numbered]
             lines, answers, seconds = _answered(model, prompter, sampling, records, results.folder)
-            results.add(lines)
+            results.add({index: line for (index, _), line in zip(numbered, lines, strict=True)})
             progress.update(task, completed=results.num_done)
             yield answers, seconds
 
@@ -116,27 +129,34 @@ def _answered(
 ) -> tuple[list[Mapping[str, Any]], list[Answer], float]:
     """Lines for a batch. When it is refused each record is asked alone, so that only the wrong one fails."""
     from runtime.answers import ask
-    from vlm.prompting import Question
 
     try:
-        questions = [
-            Question(prompt=one["prompt"], images=tuple(folder / image for image in one["images"])) for one in records
-        ]
+        questions = [question_of(one, folder) for one in records]
         answers = ask(model, prompter, questions, sampling)
     except PlannerError as problem:
         if len(records) == 1:
-            return [{**_said(records[0]), "error": str(problem)}], [], 0.0
+            return [{**said(records[0]), "error": str(problem)}], [], 0.0
         alone = [_answered(model, prompter, sampling, [one], folder) for one in records]
         lines = [line for found, _, _ in alone for line in found]
         return lines, [answer for _, found, _ in alone for answer in found], sum(seconds for _, _, seconds in alone)
     lines = [
-        {**_said(one), "answer": answer.text, "num_tokens": answer.num_tokens}
+        {**said(one), "answer": answer.text, "num_tokens": answer.num_tokens}
         for one, answer in zip(records, answers, strict=True)
     ]
     return lines, answers, answers[0].seconds
 
 
-def _said(record: Record) -> dict[str, Any]:
+def question_of(record: Record, folder: Path) -> Question:
+    """The question in a record, its pictures found beside the questions' file.
+
+    Raises: ConstraintError for an empty prompt, or placeholders that do not go with the pictures.
+    """
+    from vlm.prompting import Question
+
+    return Question(prompt=record["prompt"], images=tuple(folder / image for image in record["images"]))
+
+
+def said(record: Record) -> dict[str, Any]:
     """What an answer's line repeats of its question."""
     return {name: record[name] for name in ("id", "prompt") if name in record}
 
@@ -161,14 +181,16 @@ def _finished(target: Path) -> list[dict[str, Any]]:
     if not target.exists():
         return []
     lines = target.read_text(encoding="utf-8", errors="replace").split("\n")
-    found = []
+    found: list[dict[str, Any]] = []
+    known: set[int] = set()
     # What follows the last line's end was cut off.
     for number, line in enumerate(lines[:-1], 1):
         try:
             content = json.loads(line)
         except ValueError as problem:
             raise ConstraintError(f"{target}:{number} is not valid JSON: choose another --output") from problem
-        if not isinstance(content, dict) or content.get("index") != number - 1:
+        if not isinstance(content, dict) or type(content.get("index")) is not int or content["index"] in known:
             raise ConstraintError(f"{target} holds no answers of this command: choose another --output")
+        known.add(content["index"])
         found.append(content)
     return found

@@ -1,0 +1,77 @@
+"""`plan-devices launch PLAN ...`: one process per stage of a plan, by torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from planner.cli import options
+from planner.cli.run import arguments_of
+from planner.cli.run_jsonl import open_results
+from planner.cli.run_pipeline import groups_asked, refuse_contradictions
+from planner.errors import ConstraintError
+from planner.plan import Plan
+
+
+def run(argv: Sequence[str]) -> int:
+    """Start the processes of a plan on one host, or say how they are started on several."""
+    arguments = _parser().parse_args(argv)
+    if not arguments.program:
+        raise ConstraintError("launch what? MODEL --input FILE.jsonl --output FILE.jsonl, or a SCRIPT.py of yours")
+    plan = Plan.load(arguments.plan)
+    is_script = arguments.program[0].endswith(".py")
+    # Wrong arguments are found before processes start, and so is that there is nothing left to do.
+    asked = None if is_script else _asked(plan, arguments)
+    if asked is not None and _nothing_is_left(asked):
+        return 0
+    # C++ parts of torch that end with another host's processes would say so over many lines.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from runtime.pipeline.launcher import host_commands, launch, program_of
+
+    program = program_of(arguments.program, arguments.plan)
+    if len(plan.machine.hosts) > 1 and arguments.host is None:
+        for host, command in host_commands(plan, program, arguments.rendezvous).items():
+            print(f"# on {host}\n{command}")
+        return 0
+    if arguments.host is not None:
+        program = [*program, "--host", arguments.host]
+    code = launch(plan, program, arguments.host, arguments.rendezvous)
+    return code if code or asked is None else _code_of_answers(asked)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.Parser(
+        prog="plan-devices launch",
+        description="Run PLAN with one process per stage: MODEL and what `plan-devices run` takes, or a script with "
+        "runtime.pipeline.Pipeline in it. For several hosts the command of each is printed.",
+        usage="%(prog)s [--host NAME --rendezvous HOST:PORT] PLAN (MODEL --input FILE --output FILE | SCRIPT.py) ...",
+    )
+    parser.add_argument("--host", metavar="NAME", help="start this host's processes of a plan over several")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where hosts meet, such as the first one's address")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="made by plan-devices")
+    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="...")
+    return parser
+
+
+def _asked(plan: Plan, arguments: argparse.Namespace) -> argparse.Namespace:
+    """What each process will be told, checked."""
+    asked = arguments_of([*arguments.program, "--pipeline", "--plan", str(arguments.plan)])
+    refuse_contradictions(asked)
+    groups_asked(plan, asked)
+    return asked
+
+
+def _nothing_is_left(asked: argparse.Namespace) -> bool:
+    """Whether all questions have answers."""
+    results = open_results(asked.input, asked.output, force=asked.force)
+    if not results.left:
+        print(f"All {results.num_done} answers are in {asked.output} already", file=sys.stderr)
+    return not results.left
+
+
+def _code_of_answers(asked: argparse.Namespace) -> int:
+    """3 when questions failed: the processes end with 0 then, as any other number makes torchrun end the others."""
+    return 3 if asked.output.exists() and open_results(asked.input, asked.output, force=False).num_failed else 0

@@ -1,0 +1,80 @@
+"""A stage's weights from a checkpoint: what it holds is read, and the rest takes neither time nor memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from planner.errors import MachineError
+from planner.paths import owner
+from planner.plan import Plan
+from planner.units import format_bytes
+from runtime.atoms import find_atoms
+from runtime.pipeline.cut import Part
+from runtime.weights import META, OnBytes, device_of, load_weights, parent
+from vlm.checkpoint import Checkpoint
+
+
+def stage_map(skeleton: nn.Module, part: Part, device: torch.device) -> dict[str, torch.device]:
+    """Where every atom's tensors go: to `device`, or nowhere. One that shares a parameter with a held one is held."""
+    names = [atom.name for atom in find_atoms(skeleton)]
+    sharing: dict[int, set[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(parameter), set()).add(owner(name, names) or "")
+    held = set(part.weights)
+    held |= {name for users in sharing.values() if users & held for name in users}
+    return {name: device if name in held else META for name in names}
+
+
+def load_stage(
+    skeleton: PreTrainedModel, checkpoint: Checkpoint, device_map: Mapping[str, torch.device], on_bytes: OnBytes
+) -> None:
+    """Fill the stage's part of `skeleton`. What other stages hold keeps its size, dtype and device, in no memory.
+
+    Raises: as `load_weights` does.
+    """
+    load_weights(skeleton, checkpoint, device_map, on_bytes)
+    device = next((device for device in device_map.values() if device != META), torch.device("cpu"))
+    blanks: dict[int, nn.Parameter] = {}
+    for name, parameter in list(skeleton.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            module, leaf = parent(skeleton, name)
+            blank = blanks.setdefault(id(parameter), nn.Parameter(_blank(parameter, device), requires_grad=False))
+            module._parameters[leaf] = blank
+    for name, buffer in list(skeleton.named_buffers()):
+        if buffer.is_meta:
+            module, leaf = parent(skeleton, name)
+            module._buffers[leaf] = _blank(buffer, device)
+
+
+def held_bytes(skeleton: nn.Module, device_map: Mapping[str, torch.device]) -> int:
+    """Bytes of the parameters that a stage holds, shared ones once."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in skeleton.named_parameters()
+        if device_of(name, device_map) != META
+    )
+
+
+def refuse_unplanned_bytes(plan: Plan, stage: int, num_bytes: int, moved: Mapping[str, tuple[int, int]]) -> None:
+    """Raise MachineError when what a stage holds beyond its plan, such as a tied head's copy, does not fit."""
+    device = plan.stages[stage].device
+    planned = plan.memory[device]
+    position = list(plan.memory).index(device)
+    room = plan.machine.devices[position].memory_bytes - planned.total_bytes
+    more = num_bytes - planned.weights_bytes
+    if more > room:
+        why = ", ".join(name for name, (_, target) in moved.items() if target == stage) or "what it reads of others"
+        raise MachineError(
+            f"stage {stage} on {device} holds {format_bytes(more)} more than planned ({why}), and has room for "
+            f"{format_bytes(max(room, 0))}: plan with less on {device}, for instance --max-memory, or with "
+            "--replicate-tied"
+        )
+
+
+def _blank(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of this size and dtype that takes a single number's memory."""
+    return torch.zeros((), dtype=like.dtype, device=device).expand(like.shape)

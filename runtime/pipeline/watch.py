@@ -1,0 +1,346 @@
+"""The watch over a job's processes: one that dies, hangs or gives up ends the job everywhere, with one message.
+
+Every process has a thread that beats into the job's store and looks at the others' beats, at a handle of each process
+of its own host, and at signals. The first to see a fault writes it into the store, prints it and ends what hangs beside
+it; the others see it there and leave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from threading import Event, Thread, current_thread, main_thread
+
+import torch
+import torch.distributed as dist
+
+from planner.errors import PlannerError
+
+BEAT_S = 1.0
+SILENCE_S = 10.0
+"""Without a beat for so long a process counts as hanging: on a busy machine a thread may not run for seconds."""
+LOCKED_FACTOR = 6
+"""A large message over a slow link lets everybody wait for a while: only after so many times the silence is it odd."""
+WAITING = "waiting"
+FAREWELL_S = 2.0
+"""How long a process that has seen a fault stays, so that others find it in the store, which may go with the first."""
+INTERRUPTED = 130
+EXIT_CODE = "exit_code"
+"""The job's exit code in the file that torchrun keeps of a process's failure."""
+_FAULT, _BEAT, _DONE = "fault", "beat", "done"
+
+
+class PipelineError(PlannerError):
+    """The job has ended: a process died, hung or ran out of memory. The message says which, and has been printed."""
+
+    is_reported = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process of the job: its rank and stage, the device it drives, and where it runs."""
+
+    rank: int
+    stage: int
+    device: str
+    host: str
+    agent: int
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, stage {self.stage} on {self.device}, process {self.pid} of {self.host}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Who ended the job, and why."""
+
+    member: str
+    cause: str
+    exit_code: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.member}: {self.cause}"
+
+
+class Watch:
+    """One process's part of the watch; `start` begins it, `leave` ends it without a fault.
+
+    `error_file` is where torchrun looks for what a process has to say of its failure.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        me: Member,
+        members: Sequence[Member],
+        *,
+        silence_s: float = SILENCE_S,
+        error_file: Path | None = None,
+    ) -> None:
+        # Its own connection: the main one may be in a wait.
+        self._store = dist.PrefixStore("watch", store.clone())
+        self._store.set_timeout(timedelta(seconds=silence_s))
+        self._me = me
+        self._members = {member.rank: member for member in members}
+        self._silence_s = silence_s
+        self._error_file = error_file
+        self._heard = {rank: ("", time.monotonic()) for rank in self._members}
+        self._all_wait_since: float | None = None
+        self._handles = _handles(me, members)
+        self._doing = "starting"
+        self._left = Event()
+        self._over: Fault | None = None
+        self._parent = os.getppid()
+        self._signals = SignalSocket()
+        self._thread = Thread(target=self._run, name="pipeline watch", daemon=True)
+        self._waits_for: int | None = None
+
+    def start(self) -> None:
+        """Begin to beat and to look."""
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Say goodbye: this process ends well."""
+        self._left.set()
+        self._signals.poke()
+        self._thread.join(timeout=2 * BEAT_S)
+        if not self._thread.is_alive():
+            self._signals.close()
+            for handle in self._handles.values():
+                os.close(handle)
+
+    def doing(self, what: str) -> None:
+        """Note what this process works on, for the message if it fails."""
+        self._doing = what
+
+    def waits_for(self, rank: int | None) -> None:
+        """Note the rank whose message is waited for, None when that is over."""
+        self._waits_for = rank
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Make an exception inside the job's fault.
+
+        Raises: PipelineError for a full device, or a message that did not come; others as they are.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as problem:
+            raise PipelineError(
+                str(self._fail(f"out of memory while {self._doing}: {_first_line(problem)}"))
+            ) from problem
+        except PlannerError as problem:
+            self._fail(str(problem), exit_code=problem.exit_code)
+            problem.is_reported = True
+            raise
+        except KeyboardInterrupt as problem:
+            error = PipelineError(str(self._fail("interrupted", exit_code=INTERRUPTED)))
+            error.exit_code = INTERRUPTED
+            raise error from problem
+        except (RuntimeError, OSError) as problem:
+            if self._waits_for is None:
+                self._fail(f"{type(problem).__name__} while {self._doing}: {_first_line(problem)}")
+                raise
+            raise PipelineError(str(self._explained(problem))) from problem
+        except GeneratorExit:
+            self._fail("the answers were not read to the end: read them all, or ask fewer questions")
+            raise
+        except BaseException as problem:
+            self._fail(f"{type(problem).__name__} while {self._doing}: {_first_line(problem)}")
+            raise
+
+    def _fail(self, cause: str, *, exit_code: int = 1) -> Fault:
+        return self._report(Fault(member=str(self._me), cause=cause, exit_code=exit_code))
+
+    def _explained(self, problem: BaseException) -> Fault:
+        """Why a message did not come: what the watch finds out, or else that the connection broke."""
+        end_s = time.monotonic() + self._silence_s + 2 * BEAT_S
+        while self._over is None and time.monotonic() < end_s:
+            time.sleep(BEAT_S / 10)
+        if self._over is not None:
+            return self._over
+        assert self._waits_for is not None
+        cause = f"the connection to it broke while {self._doing}: {_first_line(problem)}"
+        return self._report(Fault(member=str(self._members[self._waits_for]), cause=cause))
+
+    def _report(self, fault: Fault) -> Fault:
+        """Let `fault` be the job's, unless another was first; the one that is. It is printed once."""
+        mine = json.dumps(asdict(fault))
+        try:
+            # An empty expectation: only a key that is not there yet is set.
+            found = self._store.compare_set(_FAULT, "", mine).decode()
+        except (RuntimeError, dist.DistError):
+            found = mine
+        first = Fault(**json.loads(found))
+        if found == mine:
+            sys.stderr.write(f"plan-devices: {first}. The job has ended on every rank.\n")
+            sys.stderr.flush()
+            if self._error_file is not None:
+                self._error_file.write_text(json.dumps({"message": str(first), EXIT_CODE: first.exit_code}))
+        self._over = first
+        return first
+
+    # -- the thread
+
+    def _run(self) -> None:
+        beats = 0
+        while not self._left.is_set():
+            beats += 1
+            fault = self._look(beats)
+            if fault is not None:
+                self._end(fault)
+                return
+            self._sleep()
+        try:
+            self._store.set(f"{_DONE}/{self._me.rank}", "1")
+        except (RuntimeError, dist.DistError):
+            return
+
+    def _look(self, beats: int) -> Fault | None:
+        """The fault that ends the job, if there is one."""
+        if self._over is not None:
+            return self._over
+        if os.getppid() != self._parent:
+            return Fault(member=str(self._me), cause="the process that started it is gone")
+        try:
+            self._store.set(f"{_BEAT}/{self._me.rank}", f"{beats} {WAITING if self._waits_for is not None else ''}")
+            if self._store.check([_FAULT]):
+                return Fault(**json.loads(self._store.get(_FAULT)))
+            return self._dead() or self._silent() or self._locked() or self._asked_to_end()
+        except (RuntimeError, dist.DistError):
+            return Fault(member=str(self._me), cause="the launcher's store is gone: another host has ended the job")
+
+    def _dead(self) -> Fault | None:
+        """Who of this host has ended without a goodbye."""
+        for rank, handle in list(self._handles.items()):
+            if _has_ended(handle):
+                del self._handles[rank]
+                if not self._store.check([f"{_DONE}/{rank}"]):
+                    cause = "its process died (killed, or crashed)"
+                    return self._report(Fault(member=str(self._members[rank]), cause=cause))
+        return None
+
+    def _silent(self) -> Fault | None:
+        now = time.monotonic()
+        for rank in self._members:
+            if rank == self._me.rank:
+                continue
+            key = f"{_BEAT}/{rank}"
+            beat = self._store.get(key).decode() if self._store.check([key]) else ""
+            known, since = self._heard[rank]
+            if beat != known:
+                self._heard[rank] = (beat, now)
+            elif now - since > self._silence_s and not self._store.check([f"{_DONE}/{rank}"]):
+                cause = f"it hangs: no sign of life for {now - since:.0f} s"
+                return self._report(Fault(member=str(self._members[rank]), cause=cause))
+        return None
+
+    def _locked(self) -> Fault | None:
+        """That every process waits for a message, and has done so for long: none will come."""
+        now = time.monotonic()
+        beats = [beat for rank, (beat, _) in self._heard.items() if rank != self._me.rank]
+        if self._waits_for is None or not all(beat.endswith(WAITING) for beat in beats):
+            self._all_wait_since = None
+        elif self._all_wait_since is None:
+            self._all_wait_since = now
+        elif now - self._all_wait_since > LOCKED_FACTOR * self._silence_s:
+            cause = f"all processes wait for each other, this one while {self._doing}: a mistake of plan-devices"
+            return self._report(Fault(member=str(self._me), cause=cause))
+        return None
+
+    def _asked_to_end(self) -> Fault | None:
+        """torchrun ends all processes when one has failed, whose own message may be on its way."""
+        number = self._signals.received
+        if number is None:
+            return None
+        end_s = time.monotonic() + BEAT_S
+        while time.monotonic() < end_s:
+            if self._store.check([_FAULT]):
+                return Fault(**json.loads(self._store.get(_FAULT)))
+            time.sleep(BEAT_S / 20)
+        if number == signal.SIGINT:
+            return self._report(Fault(member=str(self._me), cause="interrupted", exit_code=INTERRUPTED))
+        return self._report(Fault(member=str(self._me), cause=f"asked to end by {signal.Signals(number).name}"))
+
+    def _end(self, fault: Fault) -> None:
+        """Leave with the whole process: its main thread may wait for what will never come."""
+        self._over = fault
+        deadline_s = time.monotonic() + FAREWELL_S
+        self._kill_hanging(fault)
+        while time.monotonic() < deadline_s and not self._left.is_set():
+            time.sleep(BEAT_S / 20)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(fault.exit_code)
+
+    def _kill_hanging(self, fault: Fault) -> None:
+        """End the process at fault where it is on this host: a stopped one heeds no other signal."""
+        for rank, handle in self._handles.items():
+            if str(self._members[rank]) == fault.member and not _has_ended(handle):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+    def _sleep(self) -> None:
+        """Until the next beat, or until something happens."""
+        select.select([self._signals.reader, *self._handles.values()], [], [], BEAT_S)
+        self._signals.read()
+
+
+class SignalSocket:
+    """SIGTERM and SIGINT as bytes: a handler in Python would wait for the main thread, which waits for a message."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.received: int | None = None
+        self._is_set = current_thread() is main_thread()
+        if self._is_set:
+            self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def read(self) -> None:
+        """Note the last signal that came."""
+        try:
+            for number in self.reader.recv(64):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self.received = number
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        """Let signals go where they went before."""
+        if self._is_set:
+            signal.set_wakeup_fd(self._before)
+            signal.signal(signal.SIGTERM, self._handler)
+        self.reader.close()
+        self._writer.close()
+
+    def poke(self) -> None:
+        """Wake whoever waits for a signal."""
+        self._writer.send(b"\0")
+
+
+def _handles(me: Member, members: Sequence[Member]) -> dict[int, int]:
+    """Handles of the other processes of this host, which stay those processes' even when a number is used again."""
+    if not hasattr(os, "pidfd_open"):
+        return {}
+    return {m.rank: os.pidfd_open(m.pid) for m in members if m.agent == me.agent and m.rank != me.rank}
+
+
+def _has_ended(handle: int) -> bool:
+    return bool(select.select([handle], [], [], 0)[0])
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]

@@ -1,0 +1,116 @@
+"""Jobs of real processes for the tests: torchrun on the loopback interface, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+WORKER = Path(__file__).parent / "worker.py"
+TIMEOUT_S = 240
+
+
+@dataclass
+class Job:
+    """A command that starts processes of a pipeline, in a session of its own."""
+
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def start(cls, *command: str | Path, cwd: Path | None = None) -> Job:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return cls(process)
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of the stages' processes, by rank."""
+        found = {}
+        for pid in self.children():
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            except OSError:
+                continue
+            rank = next((text[5:] for text in variables if text.startswith("RANK=")), None)
+            if rank is not None:
+                found[int(rank)] = pid
+        return found
+
+    def children(self) -> list[int]:
+        """Process ids of what the command has started."""
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
+        )
+        return [int(pid) for pid in listed.stdout.split()]
+
+    def kill(self) -> None:
+        """End the command and what it has started, if they are still there."""
+        for pid in (*self.ranks().values(), self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def ended(self, timeout_s: float = TIMEOUT_S) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr; a job that does not end in time is killed and fails the test."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the job did not end in {timeout_s} s") from None
+        return self.process.returncode, out, err
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def torchrun(num_processes: int, *program: str | Path) -> Job:
+    """torchrun itself, without the launch command."""
+    options = ["--nproc-per-node", str(num_processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return Job.start("-m", "torch.distributed.run", *options, "--local-addr", "127.0.0.1", *program)
+
+
+def run_cases(num_processes: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """What came out of each case, all of them in one start of processes."""
+    listed = []
+    for number, case in enumerate(cases):
+        listed.append({**case, "out": str(folder / f"out{number}.json")})
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(listed))
+    code, out, err = torchrun(num_processes, WORKER, job_file).ended()
+    assert code == 0, f"{out}\n{err}"
+    found = []
+    for case in listed:
+        content = json.loads(Path(case["out"]).read_text())
+        content["answers"] = {int(index): ids for index, ids in content["answers"].items()}
+        found.append(content)
+    return found
+
+
+def wait_for_lines(path: Path, count: int, job: Job, timeout_s: float = 120) -> None:
+    """Until the file has so many lines."""
+    end_s = time.monotonic() + timeout_s
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert job.process.poll() is None, job.ended()
+        assert time.monotonic() < end_s, f"{path} has no {count} lines after {timeout_s} s"
+        time.sleep(0.05)

@@ -1,0 +1,64 @@
+"""What torchrun starts in these tests: models in turn, each through a pipeline of all processes.
+
+usage: worker.py JOB.json. The job lists cases; the first stage writes what came out into each case's `out`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+from runtime.pipeline.engine import Batch
+from runtime.pipeline.pipeline import Pipeline
+
+
+def batches_of(case: dict[str, Any]) -> list[Batch]:
+    """The case's batches, with their requests numbered in order."""
+    made: list[Batch] = []
+    number = 0
+    for inputs in torch.load(case["inputs"], weights_only=True):
+        count = len(inputs["input_ids"])
+        indexes = tuple(range(number, number + count))
+        seeds = tuple(case.get("seed", 0) + index for index in indexes)
+        made.append(Batch(indexes=indexes, inputs=inputs, seeds=seeds))
+        number += count
+    return made
+
+
+def run(case: dict[str, Any]) -> None:
+    """One case, on this process's stage."""
+    rank = int(os.environ["RANK"])
+    plan = case["plans"][rank] if "plans" in case else case["plan"]
+    folder = case["folders"][rank] if "folders" in case else case["folder"]
+    pipeline = Pipeline(plan, folder, devices=case.get("devices", "cpu"))
+    answers: dict[int, list[int]] = {}
+    with pipeline:
+        for finished in pipeline.generate_batches(batches_of(case), case["options"], case.get("num_slots")):
+            answers |= dict(zip(finished.batch.indexes, map(list, finished.answers), strict=True))
+        schedule = pipeline.schedule()
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, (pipeline.stage, pipeline.num_read_bytes))
+    if pipeline.is_first and schedule is not None:
+        phases = sorted({(task.stage, task.phase) for task in schedule.tasks})
+        found = {"answers": answers, "read_bytes": dict(everybody), "phases": phases, "chart": schedule.chart()}
+        Path(case["out"]).write_text(json.dumps(found))
+
+
+def main() -> None:
+    """Run all cases."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run(case)
+        gc.collect()
+
+
+main()
