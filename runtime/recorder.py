@@ -15,7 +15,7 @@ import torch
 
 from planner.graph import Phase
 from runtime.mismatch import Mismatch, calling_place
-from runtime.op_costs import flops_of
+from runtime.op_costs import flops_of, num_bytes, traffic_of
 from runtime.relocate import tensors_in
 from runtime.virtual import DeviceMismatchError, MemoryLedger
 
@@ -42,11 +42,16 @@ class Interval:
 
 @dataclass(slots=True)
 class Work:
-    """What a group computes in one phase: multiply-adds counted as two, operand bytes read, kernels launched."""
+    """What a group computes in one phase: multiply-adds counted as two, bytes moved, kernels launched.
+
+    `picked_bytes` are those of experts, once for every row that is routed to one, of `table_bytes` that there are.
+    """
 
     flops: int = 0
     read_bytes: int = 0
     launches: int = 0
+    picked_bytes: int = 0
+    table_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +106,9 @@ class Recorder:
 
     def close_interval(self) -> None:
         """End the interval that is open and start another."""
-        alive = [[num_bytes] for num_bytes in self._start_bytes]
-        for label, num_bytes in self._growth:
-            alive[label].append(num_bytes)
+        alive = [[start_bytes] for start_bytes in self._start_bytes]
+        for label, grown_bytes in self._growth:
+            alive[label].append(grown_bytes)
         self.intervals.append(Interval(self.phase, self.step, self._running[-1], alive, self._arrived))
         self._arrived = Counter()
         self._growth.clear()
@@ -115,7 +120,7 @@ class Recorder:
     def note_cache(self, cache: Any) -> None:
         """Write down the device and bytes of every tensor in a cache, as it is between two steps."""
         self.close_interval()
-        found = {path: (tensor.device.index or 0, _num_bytes(tensor)) for path, tensor in tensors_in(cache)}
+        found = {path: (tensor.device.index or 0, num_bytes(tensor)) for path, tensor in tensors_in(cache)}
         self.caches.append(found)
         for index, layer in enumerate(getattr(cache, "layers", ())):
             if getattr(layer, "is_sliding", False):
@@ -145,9 +150,12 @@ class Recorder:
         label = first.device.index
         self.order.setdefault(label)
         work = self.work.setdefault((label, self.step), Work())
-        work.launches += 1
-        work.read_bytes += sum(_num_bytes(value) for value in args if isinstance(value, torch.Tensor))
+        work.launches += bool(first.numel())
         work.flops += flops_of(op, args, outcome)
+        traffic = traffic_of(op, args, outcome)
+        work.read_bytes += traffic.read_bytes
+        work.picked_bytes += traffic.picked_bytes
+        work.table_bytes += traffic.table_bytes
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         """Write down a copy between two devices."""
@@ -159,7 +167,7 @@ class Recorder:
             target=copy.device.index,
             phase=self.phase,
             step=self.step,
-            num_bytes=_num_bytes(source),
+            num_bytes=num_bytes(source),
             storage=storage_id(source),
         )
         self.sent.append(sent)
@@ -171,7 +179,3 @@ def storage_id(tensor: torch.Tensor) -> int:
     """What tells a virtual GPU's storage from any other that a run makes; views share it. 0 on the host."""
     block = getattr(tensor.untyped_storage(), "vgpu_block", None)
     return block.allocation.serial if block else 0
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

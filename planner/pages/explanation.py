@@ -44,7 +44,7 @@ def explanation_report(found: Explanation) -> RenderableType:
 def _headline(found: Explanation) -> Text:
     return Text.assemble(
         (found.model, "bold"),
-        f": {found.num_parameters / 1e9:.2f} B parameters, {found.dtype}, "
+        f": {found.num_parameters / 1e9:.2f} B parameters, {' and '.join((found.dtype, *found.layouts))}, "
         f"{format_bytes(found.weight_bytes)} of weights ({found.architecture})",
     )
 

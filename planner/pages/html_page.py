@@ -13,6 +13,7 @@ from planner.pages.picture import picture
 from planner.pages.terminal import idle_shares, repair_summary, room
 from planner.paths import contains
 from planner.plan import DeviceKey, Plan, device_key
+from planner.report import figures_said, habits_said
 from planner.units import GIB, format_bytes
 
 _DIFF_CLASSES = {"-": "del", "+": "add", "@": "at"}
@@ -52,17 +53,26 @@ def plan_page(plan: Plan, graph: ModuleGraph) -> str:
     proven = plan.proof.get("status") == "proven"
     verdict = f"proven to run: {plan.proof.get('workload_class')}" if proven else "not proven by a run"
     room = f"Room for {plan.kv_tokens:,} KV positions per sequence. " if plan.kv_tokens is not None else ""
+    if proven and plan.quantization:
+        verdict += f", with all weights in {plan.model.dtype}"
+    said = (sentence for sentence, _ in figures_said(plan))
+    offloaded = plan.offload.sentences(plan.estimate.tpot_s) if plan.offload else ()
+    num_gpus = len(plan.machine.devices)
+    beams = f"{workload.num_beams} beams, " if workload.num_beams > 1 else ""
+    habits = "".join(f" Planned {escape(line)}." for line in habits_said(plan))
     body = [
-        f"<h1>{escape(plan.model.name)} <span class='soft'>on {len(plan.machine.devices)} GPUs</span></h1>",
+        f"<h1>{escape(plan.model.name)} <span class='soft'>on {num_gpus} GPU{'s'[: num_gpus != 1]}</span></h1>",
         f'<p class="verdict {"clean" if proven else "may-fail"}">{escape(verdict)}</p>',
         f'<p class="soft">{plan.model.num_parameters / 1e9:.2f} B parameters, {escape(plan.model.dtype)}, '
-        f"{format_bytes(plan.model.weight_bytes)} of weights. Batch {workload.batch_size}, {images}"
-        f"{workload.prompt_tokens} prompt + {workload.new_tokens} new tokens: {counts.positions} KV positions.</p>",
+        f"{format_bytes(plan.model.weight_bytes)} of weights. Batch {workload.batch_size}, {beams}{images}"
+        f"{workload.prompt_tokens} prompt + {workload.new_tokens} new tokens: {counts.positions} KV positions."
+        f"{habits}</p>",
+        *(f"<p>{escape(sentence)}</p>" for sentence in (*said, *offloaded)),
         *_figure(costs, ""),
         "<h2>Memory at peak</h2>",
         _memory_table(costs),
         f"<p>{room}Placement by {escape(plan.solver.objective)}: {escape(plan.solver.status)}, gap "
-        f"{plan.solver.gap:.1%} ({escape(plan.solver.method)}).</p>",
+        f"{plan.solver.gap_text} ({escape(plan.solver.method)}).</p>",
         *_folded_map("The device map", plan.placement),
     ]
     return _page(f"{plan.model.name}: plan", body)
@@ -83,9 +93,7 @@ def plan_costs(plan: Plan, graph: ModuleGraph) -> MapCosts:
         loads=tuple(loads),
         blocks=tuple(
             Block(module=module or "(everything)", device=names[key], num_bytes=num_bytes)
-            for (module, key), num_bytes in zip(
-                plan.placement.items(), _weights(list(plan.placement), graph), strict=True
-            )
+            for (module, key), num_bytes in zip(plan.running.items(), _weights(list(plan.running), graph), strict=True)
         ),
         crossings=tuple(
             Crossing(
