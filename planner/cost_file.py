@@ -6,10 +6,11 @@ Layers of a model share most of their polynomials, and intervals name groups and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from planner.graph import Flow, Fusion, Home, Interval, ModuleGraph, ModuleGroup, PhaseCost, Range
-from planner.polynomial import Polynomial
+from planner.graph import Flow, Fusion, Home, Interval, Linear, ModuleGraph, ModuleGroup, PhaseCost, Range, Tie
+from planner.polynomial import ZERO, Polynomial
 
 COSTED_PHASES = ("encode", "prefill", "decode")
 
@@ -29,6 +30,7 @@ def graph_to_dict(graph: ModuleGraph) -> dict[str, Any]:
             for one in graph.fusions
         ],
         "intervals": [writer.interval(interval) for interval in graph.intervals],
+        **({"ties": [_tie_to(tie) for tie in graph.ties]} if graph.ties else {}),
     }
     return content | {"polynomials": [one.to_dict() for one in writer.polynomials]}
 
@@ -48,8 +50,13 @@ def graph_from_dict(content: Mapping[str, Any]) -> ModuleGraph:
         fusions=tuple(Fusion(**{**one, "operands": tuple(one["operands"])}) for one in content["fusions"]),
         intervals=tuple(reader.interval(interval) for interval in content["intervals"]),
         home=home and Home(modules=tuple(home["modules"]), moments_bytes=reader.polynomials_at(home["moments"])),
+        ties=tuple(Tie(**{**one, "groups": tuple(one["groups"])}) for one in content.get("ties", ())),
         valid=tuple(Range(variable=name, low=low, high=high) for name, (low, high) in content["valid"].items()),
     )
+
+
+def _tie_to(tie: Tie) -> dict[str, Any]:
+    return {**asdict(tie), "groups": list(tie.groups)}
 
 
 class _Writer:
@@ -82,6 +89,7 @@ class _Writer:
             "buffer_bytes": self.index(group.buffer_bytes),
             "logits_bytes": self.index(group.logits_bytes),
             **({"reasons": list(group.reasons)} if group.reasons else {}),
+            **({"linears": [[one.name, one.rows, one.cols] for one in group.linears]} if group.linears else {}),
             **{phase: self._cost(cost) for phase, cost in costs.items()},
         }
 
@@ -91,6 +99,11 @@ class _Writer:
             "flops": self.index(cost.flops),
             "read_bytes": self.index(cost.read_bytes),
             "launches": self.index(cost.launches),
+            **(
+                {"picked_bytes": self.index(cost.picked_bytes), "table_bytes": cost.table_bytes}
+                if cost.table_bytes
+                else {}
+            ),
         }
 
     def flow(self, flow: Flow) -> dict[str, Any]:
@@ -129,11 +142,18 @@ class _Reader:
         plain = {key: value for key, value in content.items() if key not in COSTED_PHASES}
         named = {key: self._polynomials[plain[key]] for key in ("buffer_bytes", "logits_bytes")}
         texts = {key: tuple(content.get(key, ())) for key in ("modules", "reasons")}
-        return ModuleGroup(**{**plain, **named, **costs, **texts})
+        linears = tuple(Linear(*one) for one in content.get("linears", ()))
+        return ModuleGroup(**{**plain, **named, **costs, **texts, "linears": linears})
 
     def _cost(self, content: Mapping[str, Any]) -> PhaseCost:
         named = {key: self._polynomials[content[key]] for key in ("flops", "read_bytes", "launches")}
-        return PhaseCost(moments_bytes=self.polynomials_at(content["moments_bytes"]), **named)
+        picked = self._polynomials[content["picked_bytes"]] if "picked_bytes" in content else ZERO
+        return PhaseCost(
+            moments_bytes=self.polynomials_at(content["moments_bytes"]),
+            picked_bytes=picked,
+            table_bytes=content.get("table_bytes", 0),
+            **named,
+        )
 
     def flow(self, content: Mapping[str, Any]) -> Flow:
         num_bytes = self._polynomials[content["num_bytes"]]

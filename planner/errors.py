@@ -16,9 +16,13 @@ from __future__ import annotations
 
 
 class PlannerError(Exception):
-    """Root of everything this project raises on purpose; `exit_code` is the process's."""
+    """Root of everything this project raises on purpose; `exit_code` is the process's.
+
+    `is_reported` says that the message has been printed, by one process for several that end with it.
+    """
 
     exit_code = 1
+    is_reported = False
 
 
 class InfeasibleError(PlannerError):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from planner.graph import ModuleGraph, ModuleGroup
-from planner.phase_bounds import DeviceBounds, cached_lists, quantised_bytes
+from planner.phase_bounds import DeviceBounds, quantised_bytes
 from planner.polynomial import Quantities
 from planner.workload import ITEMSIZE
 
@@ -122,7 +122,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """All that `plan-devices explain` has to say. `bounds` has one entry per kind of device that was asked about."""
+    """All that `plan-devices explain` has to say. `bounds` has one entry per kind of device that was asked about.
+
+    `layouts` are those of weights in fewer bits, beside `dtype`.
+    """
 
     model: str
     architecture: str
@@ -139,6 +142,7 @@ class Explanation:
     new_tokens: int
     extrapolated: tuple[str, ...]
     bounds: tuple[DeviceBounds, ...]
+    layouts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -147,7 +151,7 @@ class Explanation:
 
 def parts_of(graph: ModuleGraph) -> tuple[Part, ...]:
     """The graph's groups by what they do, in the order of `PARTS`; parts that are not there are left out."""
-    lists = cached_lists(graph)
+    lists = graph.cached_lists
     members: dict[PartName, list[ModuleGroup]] = {name: [] for name in PARTS}
     for group in graph:
         members[_part_name(group, lists)].append(group)
@@ -181,12 +185,12 @@ def _part_name(group: ModuleGroup, lists: frozenset[str]) -> PartName:
 
 def _is_read_in_decode(group: ModuleGroup) -> bool:
     one = Quantities(batch=1, images=0, patches=0, text_tokens=1, image_tokens=0, positions=1)
-    return group.decode is not None and group.decode.read_bytes(one) >= group.weight_bytes
+    return group.decode is not None and group.decode.moved_bytes(one) >= group.weight_bytes
 
 
 def layer_split(graph: ModuleGraph, facts: DecoderFacts) -> LayerSplit | None:
     """What one decoder layer is made of; None where the config's numbers are not those of the graph."""
-    lists = cached_lists(graph)
+    lists = graph.cached_lists
     layers = [group for group in graph if group.module_list in lists]
     if len(layers) != facts.num_layers:
         return None

@@ -104,6 +104,8 @@ class _Fitter:
                 flops=self._through(phase, [one.flops for one in costs]),
                 read_bytes=self._through(phase, [one.read_bytes for one in costs]),
                 launches=self._through(phase, [one.launches for one in costs]),
+                picked_bytes=self._through(phase, [one.picked_bytes for one in costs]),
+                table_bytes=max(one.table_bytes for one in costs),
             )
 
         return replace(

@@ -28,17 +28,47 @@ class PhaseCost:
 
     `moments_bytes` are the bytes alive at the moments that may be the peak while the group runs, its input and output
     included; which of them is depends on the workload. `flops` count a multiply-add as two; `read_bytes` are all
-    operands that its kernels read, weights, activations and KV cache alike; `launches` are kernels.
+    operands that its kernels read, weights, activations and KV cache alike; `launches` are kernels. Experts, of which
+    there are `table_bytes`, are apart: `picked_bytes` count one for every token and choice, whether or not others
+    chose it too.
     """
 
     moments_bytes: tuple[Polynomial, ...] = ()
     flops: Polynomial = ZERO
     read_bytes: Polynomial = ZERO
     launches: Polynomial = ZERO
+    picked_bytes: Polynomial = ZERO
+    table_bytes: int = 0
+
+    def moved_bytes(self, quantities: Quantities) -> int:
+        """What is read in one pass: operands, and the experts that the batch's tokens are expected to reach.
+
+        Every sequence picks its share of the experts, independently of the others and evenly; of a prompt's tokens
+        the choices are taken to differ, until they are all experts.
+        """
+        picked = self.picked_bytes(quantities)
+        if not picked:
+            return self.read_bytes(quantities)
+        share = min(1.0, picked / (quantities.batch * self.table_bytes))
+        return self.read_bytes(quantities) + round(self.table_bytes * (1 - (1 - share) ** quantities.batch))
 
     def transient_bytes(self, quantities: Quantities) -> int:
         """The largest of the moments under one workload."""
         return max((moment(quantities) for moment in self.moments_bytes), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The weight of a linear layer, without its bias: the layer's FQN, and output and input width."""
+
+    name: str
+    rows: int
+    cols: int
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight."""
+        return self.rows * self.cols
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +77,7 @@ class ModuleGroup:
 
     `module_list` names the list whose element the group is, such as `model.layers`; a device then holds a contiguous
     run of that list. `kv_bytes_per_position` is per sequence. `reasons` are the operations for whose sake its modules
-    are one group, where a trace has merged them.
+    are one group, where a trace has merged them. `linears` are the layers whose weights can be held in fewer bits.
     """
 
     id: str
@@ -63,6 +93,7 @@ class ModuleGroup:
     prefill: PhaseCost | None = None
     decode: PhaseCost | None = None
     reasons: tuple[str, ...] = ()
+    linears: tuple[Linear, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -133,6 +164,18 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """Weights that several groups count although they are one, such as those of an embedding and a head.
+
+    A device holds them once, however many of the groups it has; `num_bytes` and `num_parameters` are of one copy.
+    """
+
+    groups: tuple[str, ...]
+    num_bytes: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
     """Values of one count of `Quantities` between which costs were traced, both included."""
 
@@ -146,10 +189,11 @@ class ModuleGraph:
     """A model as a placement problem sees it.
 
     Activations are given by the groups' moments and lasting flows, or by the `intervals` of a trace. `valid` lists the
-    counts that a trace varied, `home` is None where every input goes to its consumer. `assumptions` are what costs rest
-    on where nothing was traced or read off code.
+    counts that a trace varied, `assumptions` what costs rest on where nothing was traced; `home` is None where every
+    input goes to its consumer. `ties` are weights that may be kept on several devices. Where some weights are in fewer
+    bits, `held` names these linear layers and their layouts, and `plain` is the graph with all in its dtype.
 
-    Raises: ValueError for a group named twice, a module in two groups, or a flow or fusion of an unknown group.
+    Raises: ValueError for a group named twice, a module in two groups, or a flow, fusion or tie of an unknown group.
     """
 
     name: str
@@ -161,6 +205,9 @@ class ModuleGraph:
     home: Home | None = None
     valid: tuple[Range, ...] = ()
     assumptions: tuple[str, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    held: tuple[tuple[str, str], ...] = ()
+    plain: ModuleGraph | None = None
 
     def __post_init__(self) -> None:
         ids = [group.id for group in self.groups]
@@ -171,6 +218,8 @@ class ModuleGraph:
             _refuse_unknown(f"flow {flow.tensor!r}", (flow.producer, *flow.consumers), known)
         for fusion in self.fusions:
             _refuse_unknown(f"fusion {fusion.op!r}", fusion.operands, set(ids))
+        for tie in self.ties:
+            _refuse_unknown("a tie", tie.groups, set(ids))
 
     def __iter__(self) -> Iterator[ModuleGroup]:
         return iter(self.groups)
@@ -189,18 +238,31 @@ class ModuleGraph:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in the graph's dtypes."""
-        return sum(group.weight_bytes for group in self.groups)
+        """Bytes of all weights in the graph's dtypes, tied ones once."""
+        repeated = sum(tie.num_bytes * (len(tie.groups) - 1) for tie in self.ties)
+        return sum(group.weight_bytes for group in self.groups) - repeated
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model."""
-        return sum(group.num_parameters for group in self.groups)
+        """Parameters of the whole model, tied ones once."""
+        repeated = sum(tie.num_parameters * (len(tie.groups) - 1) for tie in self.ties)
+        return sum(group.num_parameters for group in self.groups) - repeated
 
     @property
     def kv_bytes_per_position(self) -> int:
         """KV cache bytes that one position of one sequence takes over all groups."""
         return sum(group.kv_bytes_per_position for group in self.groups)
+
+    @property
+    def cached_lists(self) -> frozenset[str]:
+        """The module lists some of whose elements have a KV cache: the decoder layers, whatever else is called so.
+
+        Where no cache grows with the context, as with windows alone, those that run in a decode step.
+        """
+        layers = [group for group in self if group.module_list and group.role == "decoder_layer"]
+        cached = [group for group in layers if group.kv_bytes_per_position]
+        found = cached or [group for group in layers if group.decode is not None]
+        return frozenset(group.module_list for group in found if group.module_list)
 
 
 def dependency_graph(graph: ModuleGraph) -> nx.DiGraph[str]:

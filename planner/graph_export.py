@@ -92,7 +92,6 @@ def _slowest_s(size: FlowSize, machine: Machine, new_tokens: int) -> float:
 def _kind(machine: Machine, position: int) -> str:
     """A name that devices of one speed share: the GPU model's, or the first such device's."""
     device = machine.devices[position]
-    speed = (device.bandwidth_bytes_per_s, device.flops_per_s, device.flops_fraction)
-    alike = (d for d in machine.devices if (d.bandwidth_bytes_per_s, d.flops_per_s, d.flops_fraction) == speed)
+    alike = (one for one in machine.devices if one.speed == device.speed)
     first = next(alike)
     return first.kind or first.name

@@ -7,7 +7,7 @@ the largest of its lasting flows plus the hungriest single group; its buffers ar
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from planner.graph import PHASES, Flow, ModuleGraph, ModuleGroup
 from planner.machine import Device
@@ -61,7 +61,10 @@ class MemoryBreakdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLoad:
-    """One group's polynomials evaluated for one workload; `transient_bytes` by phase, in the order of `PHASES`."""
+    """One group's polynomials evaluated for one workload; `transient_bytes` by phase, in the order of `PHASES`.
+
+    `flows` and `ties` are places in the table's lists.
+    """
 
     group: ModuleGroup
     weights_bytes: int
@@ -70,6 +73,7 @@ class GroupLoad:
     logits_bytes: int
     transient_bytes: tuple[int, ...]
     flows: tuple[int, ...]
+    ties: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,7 @@ class Replay:
 class CostTable:
     """Every group of a graph under one workload, evaluated once.
 
-    `lasting` holds every lasting flow with its bytes; `GroupLoad.flows` index into it. `kv_bytes_per_position` counts
+    `lasting` holds every lasting flow with its bytes, `tied_bytes` those of every tie. `kv_bytes_per_position` counts
     the whole batch.
     """
 
@@ -115,6 +119,7 @@ class CostTable:
     lasting: tuple[tuple[Flow, int], ...]
     positions: int
     replay: Replay
+    tied_bytes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, graph: ModuleGraph, quantities: Quantities) -> CostTable:
@@ -122,10 +127,17 @@ class CostTable:
         lasting = [flow for flow in graph.flows if flow.lasting]
         value = _Evaluated(quantities)
         return cls(
-            loads=tuple(_load(group, lasting, quantities, value) for group in graph),
+            loads=tuple(
+                replace(
+                    _load(group, lasting, quantities, value),
+                    ties=tuple(i for i, tie in enumerate(graph.ties) if group.id in tie.groups),
+                )
+                for group in graph
+            ),
             lasting=tuple((flow, flow.num_bytes(quantities)) for flow in lasting),
             positions=quantities.positions,
             replay=Replay.of(graph, quantities),
+            tied_bytes=tuple(tie.num_bytes for tie in graph.ties),
         )
 
     def on_device(self, members: Iterable[int], device: Device, base_bytes: int = 0) -> MemoryBreakdown:
@@ -145,6 +157,7 @@ class StageLoad:
     def __init__(self, table: CostTable) -> None:
         self._table = table
         self._flows: set[int] = set()
+        self._ties: set[int] = set()
         self._lasting = [0] * len(PHASES)
         self._shared_buffers = [0] * len(PHASES)
         self._transient = [0] * len(PHASES)
@@ -160,7 +173,8 @@ class StageLoad:
         load = self._table.loads[member]
         self._members.add(member)
         self._replay(member)
-        self.weights_bytes += load.weights_bytes
+        self.weights_bytes += load.weights_bytes - sum(self._table.tied_bytes[i] for i in load.ties if i in self._ties)
+        self._ties.update(load.ties)
         self.kv_bytes_per_position += load.kv_bytes_per_position
         self._own_buffers_bytes += load.buffers_bytes
         self.logits_bytes += load.logits_bytes

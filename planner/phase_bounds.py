@@ -7,7 +7,7 @@ between devices are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -76,7 +76,7 @@ class DeviceBounds:
 def device_bounds(graph: ModuleGraph, device: Device, quantities: Quantities, new_tokens: int) -> DeviceBounds:
     """What bounds a request on devices like this; prefill includes the vision encoder's pass.
 
-    `int4_decode` is None for a graph in another dtype than 16 bits.
+    `int4_decode` is None for a graph in another dtype than 16 bits, or with weights in fewer.
     Raises: ConstraintError for a device of unknown speed.
     """
     if not device.bandwidth_bytes_per_s or not device.flops_per_s:
@@ -92,18 +92,17 @@ def device_bounds(graph: ModuleGraph, device: Device, quantities: Quantities, ne
         fits_weights=graph.weight_bytes <= usable,
         prefill=_phase_bound(graph, ("encode", "prefill"), quantities, device),
         decode=_phase_bound(graph, ("decode",), step, device),
-        int4_decode=_int4_decode(graph, step, device) if ITEMSIZE[graph.dtype] == HALF_BYTES else None,
+        int4_decode=_int4_decode(graph, step, device) if _is_all_half(graph) else None,
     )
-
-
-def cached_lists(graph: ModuleGraph) -> frozenset[str]:
-    """The module lists some of whose elements have a KV cache: the decoder layers, whatever else is called so."""
-    return frozenset(group.module_list for group in graph if group.module_list and group.kv_bytes_per_position)
 
 
 def quantised_bytes(num_parameters: int, bits: int) -> int:
     """Bytes of weights of `bits`, each group of `GROUP_SIZE` with a 16-bit scale and a zero point of as many bits."""
     return ceil(num_parameters * bits / 8) + ceil(num_parameters / GROUP_SIZE) * (SCALE_BITS + bits) // 8
+
+
+def _is_all_half(graph: ModuleGraph) -> bool:
+    return ITEMSIZE[graph.dtype] == HALF_BYTES and graph.plain is None
 
 
 def _phase_bound(graph: ModuleGraph, phases: tuple[Phase, ...], quantities: Quantities, device: Device) -> PhaseBound:
@@ -116,7 +115,7 @@ def _phase_bound(graph: ModuleGraph, phases: tuple[Phase, ...], quantities: Quan
     }
     return PhaseBound(
         flops=sum(cost.flops(quantities) for cost in costs),
-        read_bytes=sum(cost.read_bytes(quantities) for cost in costs),
+        read_bytes=sum(cost.moved_bytes(quantities) for cost in costs),
         launches=sum(cost.launches(quantities) for cost in costs),
         compute_s=parts["compute"],
         read_s=parts["bandwidth"],
@@ -129,7 +128,7 @@ def _phase_bound(graph: ModuleGraph, phases: tuple[Phase, ...], quantities: Quan
 def _int4_decode(graph: ModuleGraph, step: Quantities, device: Device) -> QuantisedDecode:
     """A weight read in 16 bits is, fused, read in 4; unpacked, it is read in 4 and written before it is read in 16."""
     share = quantised_bytes(GROUP_SIZE, 4) / (GROUP_SIZE * HALF_BYTES)
-    lists = cached_lists(graph)
+    lists = graph.cached_lists
 
     def total_s(change: Callable[[int], int]) -> float:
         seconds = 0.0
@@ -146,14 +145,13 @@ def _int4_decode(graph: ModuleGraph, step: Quantities, device: Device) -> Quanti
 
 
 def _weights_read(group: ModuleGroup, decode: PhaseCost, step: Quantities) -> int:
-    """Bytes of weights that a decode step reads in a layer: of a mixture of experts fewer than all."""
-    cache_bytes = group.kv_bytes_per_position * step.positions * step.batch
-    return max(0, min(group.weight_bytes, decode.read_bytes(step) - cache_bytes))
+    """Bytes of weights that a decode step reads in a layer, with no cache: of a mixture of experts fewer than all."""
+    return max(0, min(group.weight_bytes, decode.moved_bytes(replace(step, positions=0))))
 
 
 def _with_reading(cost: PhaseCost, quantities: Quantities, more_bytes: int) -> PhaseCost:
     return PhaseCost(
-        flops=cost.flops, read_bytes=constant(cost.read_bytes(quantities) + more_bytes), launches=cost.launches
+        flops=cost.flops, read_bytes=constant(cost.moved_bytes(quantities) + more_bytes), launches=cost.launches
     )
 
 

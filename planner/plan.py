@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.errors import MachineError, PlanMismatchError, SourceError
-from planner.graph import INPUTS, ModuleGraph
 from planner.machine import Machine
 from planner.memory import MemoryBreakdown
-from planner.paths import collapse
+from planner.paths import owner
 from planner.polynomial import Quantities
-from planner.problem import Problem, Solution, evaluate, longest_cache
+from planner.precision import Quantised
+from planner.schedule import StageCost
 from planner.textfile import dump_mapping, parse_mapping, read_mapping, write_atomically
 from planner.timing import NS_PER_S, PlacementTimes
+from planner.units import format_bytes, format_seconds
 from planner.workload import Workload
 
 FORMAT = "plan-devices/1"
 
 Record = TypeVar("Record")
 DeviceKey = int | str
-"""What a device map's values are: an index on a single host, `host/cuda:1` where there are several."""
+"""What a device map's values are: an index on a single host, `host/cuda:1` where there are several, or `HOST`."""
+HOST = "cpu"
+"""Where modules rest that are copied to a GPU to run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +44,14 @@ class ModelSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A contiguous part of the model on one device, in execution order; `modules` are device-map keys."""
+    """A contiguous part of the model on one device, in execution order; `modules` are device-map keys.
+
+    `cost` are seconds of the planned batch, None where a device's speed is unknown.
+    """
 
     device: DeviceKey
     modules: tuple[str, ...]
+    cost: StageCost | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,39 @@ class Boundary:
     tensor: str
     phase: str
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiedCopies:
+    """A weight that these groups share, with a copy of `num_bytes` on each of these devices."""
+
+    groups: tuple[str, ...]
+    devices: tuple[DeviceKey, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """What rests on the host: its bytes, how many of them cross in every pass, and how long a token waits for them.
+
+    `waiting_s` is None where a device's speed is unknown; `copying_s` is what the copies alone take.
+    """
+
+    host_bytes: int
+    pass_bytes: int
+    copying_s: float
+    waiting_s: float | None = None
+
+    def sentences(self, tpot_s: float | None) -> tuple[str, str]:
+        """What rests on the host, and what that adds to the seconds of a token."""
+        crossing = f"{format_bytes(self.pass_bytes)} cross to the GPUs for every prompt and every token"
+        resting = f"Host offload: {format_bytes(self.host_bytes)} of weights rest on the host; {crossing}."
+        if tpot_s is None or self.waiting_s is None:
+            return resting, f"The copies alone take {format_seconds(self.copying_s)} a token."
+        return resting, (
+            f"A token waits {format_seconds(self.waiting_s)} for them: {format_seconds(tpot_s)} instead of "
+            f"{format_seconds(tpot_s - self.waiting_s)} with enough memory for all weights."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +111,11 @@ class SolverReport:
     bound: int
     gap: float
     method: str
+
+    @property
+    def gap_text(self) -> str:
+        """`1.2%`; what is above nothing and would round to it is `<0.1%`."""
+        return f"{self.gap:.1%}" if self.gap == 0 or self.gap >= 0.0005 else "<0.1%"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +143,10 @@ class Plan:
     """Where every module goes, what that costs, and what was asked.
 
     `placement` maps modules to devices in its shortest form; `device_map` is the same for a single host.
-    `extrapolated` names counts of the workload that lie outside what the costs were traced for, `assumptions` what all
-    costs rest on where there was nothing to trace.
+    `assumptions` are what all costs rest on where there was nothing to trace.
+    `extrapolated` names counts of the workload that lie outside what the costs were traced for; `tied_copies` are
+    weights kept more than once. `quantization` says which weights are in fewer bits, None that none are. What
+    `placement` has on the `HOST` runs where its stage is.
     """
 
     model: ModelSummary
@@ -118,6 +165,15 @@ class Plan:
     estimate: Estimate = field(default_factory=Estimate)
     extrapolated: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+    tied_copies: tuple[TiedCopies, ...] = ()
+    offload: Offload | None = None
+    quantization: Quantised | None = None
+
+    @property
+    def schedule_costs(self) -> tuple[StageCost, ...] | None:
+        """Seconds of every stage for the planned batch; None where the speed of a device is unknown."""
+        known = [stage.cost for stage in self.stages if stage.cost is not None]
+        return tuple(known) if len(known) == len(self.stages) else None
 
     @property
     def device_map(self) -> dict[str, DeviceKey]:
@@ -128,6 +184,15 @@ class Plan:
         if len(self.machine.hosts) > 1:
             raise ValueError(f"the plan spans hosts {', '.join(self.machine.hosts)}: use device_map_for(host)")
         return dict(self.placement)
+
+    @property
+    def running(self) -> dict[str, DeviceKey]:
+        """Where the entries of `placement` run: where they are, or where the stage is of what rests on the host."""
+        device_of = {module: stage.device for stage in self.stages for module in stage.modules}
+        return {
+            module: device_of[owner(module, device_of) or ""] if key == HOST else key
+            for module, key in self.placement.items()
+        }
 
     def device_map_for(self, host: str) -> dict[str, int]:
         """The part of the map that lies on `host`, with that host's own device indices.
@@ -146,11 +211,14 @@ class Plan:
             "model": asdict(self.model),
             "machine": self.machine.to_dict(),
             "workload": _workload_to(self.workload),
+            **({"quantization": self.quantization.to_dict()} if self.quantization else {}),
             "quantities": asdict(self.quantities),
             "device_map": dict(self.placement),
             "input_devices": dict(self.input_devices),
-            "stages": [{"device": s.device, "modules": list(s.modules)} for s in self.stages],
+            "stages": [_stage_to(stage) for stage in self.stages],
             "boundaries": [asdict(boundary) for boundary in self.boundaries],
+            **({"tied_copies": [_copies_to(one) for one in self.tied_copies]} if self.tied_copies else {}),
+            **({"offload": asdict(self.offload)} if self.offload else {}),
             "memory": {key: {**asdict(part), "total_bytes": part.total_bytes} for key, part in self.memory.items()},
             "capacity": {"kv_tokens": self.kv_tokens, "extrapolated": list(self.extrapolated)},
             **({"assumptions": list(self.assumptions)} if self.assumptions else {}),
@@ -212,93 +280,28 @@ def device_key(machine: Machine, position: int) -> DeviceKey:
     return device.name if len(machine.hosts) > 1 else device.index
 
 
-def make_plan(
-    problem: Problem,
-    solution: Solution,
-    *,
-    model: ModelSummary,
-    workload: Workload,
-    fingerprint: str,
-) -> Plan:
-    """The plan that a solution amounts to. Inputs are where the graph's home is, or each where it is consumed."""
-    graph, machine = problem.graph, problem.machine
-    keys = {
-        graph.groups[member].id: device_key(machine, stage.device)
-        for stage in solution.stages
-        for member in stage.members
-    }
-    evaluation = evaluate(problem, solution.stages)
-    inputs = _input_devices(graph, keys)
-    if graph.home is not None:
-        inputs = dict.fromkeys(("input_ids", *inputs), device_key(machine, 0))
-    return Plan(
-        model=model,
-        machine=machine,
-        workload=workload,
-        quantities=problem.quantities,
-        placement=collapse({module: keys[group.id] for group in graph for module in group.modules}),
-        input_devices=inputs,
-        stages=tuple(_stage(problem, stage.device, stage.members) for stage in solution.stages),
-        boundaries=_boundaries(problem, {**keys, INPUTS: inputs.get("input_ids", next(iter(keys.values())))}),
-        memory={device_key(machine, position): part for position, part in enumerate(evaluation.memory)},
-        kv_tokens=longest_cache(problem, solution.stages),
-        solver=SolverReport(
-            status=solution.status,
-            objective=solution.objective,
-            value=solution.value,
-            bound=solution.bound,
-            gap=solution.gap,
-            method=solution.method,
-        ),
-        fingerprint=fingerprint,
-        estimate=Estimate.of(evaluation.times, problem.quantities.batch),
-        extrapolated=graph.extrapolated(problem.quantities),
-        assumptions=graph.assumptions,
-    )
-
-
-def _stage(problem: Problem, position: int, members: tuple[int, ...]) -> Stage:
-    key = device_key(problem.machine, position)
-    modules = tuple(module for member in members for module in problem.graph.groups[member].modules)
-    return Stage(device=key, modules=tuple(collapse_within(modules, problem.graph)))
-
-
-def collapse_within(modules: tuple[str, ...], graph: ModuleGraph) -> list[str]:
-    """The shortest list of modules that says `modules`, seen against the whole graph's modules."""
-    chosen = set(modules)
-    marked = collapse({module: module in chosen for group in graph for module in group.modules})
-    return [module for module, inside in marked.items() if inside]
-
-
-def _input_devices(graph: ModuleGraph, keys: Mapping[str, DeviceKey]) -> dict[str, DeviceKey]:
-    """Every tensor that the caller hands in, and the device of its first consumer."""
-    devices: dict[str, DeviceKey] = {}
-    for flow in graph.flows:
-        if flow.producer == INPUTS:
-            devices.setdefault(flow.tensor, keys[flow.consumers[0]])
-    return devices
-
-
-def _boundaries(problem: Problem, keys: Mapping[str, DeviceKey]) -> tuple[Boundary, ...]:
-    """Each crossing tensor once per phase and destination device, as the lean boundaries send it."""
-    found: dict[tuple[str, str, DeviceKey, DeviceKey], int] = {}
-    for flow in problem.graph.flows:
-        if flow.producer == INPUTS:
-            continue
-        for target in dict.fromkeys(keys[consumer] for consumer in flow.consumers):
-            source = keys[flow.producer]
-            if source != target:
-                found.setdefault((flow.phase, flow.tensor, source, target), flow.num_bytes(problem.quantities))
-    return tuple(
-        Boundary(phase=phase, tensor=tensor, source=source, target=target, num_bytes=num_bytes)
-        for (phase, tensor, source, target), num_bytes in found.items()
-    )
-
-
 def _workload_to(workload: Workload) -> dict[str, Any]:
     content = asdict(workload)
     content["image_size"] = list(workload.image_size) if workload.image_size else None
+    if workload.quantize == "none":
+        del content["quantize"], content["quantize_vision"]
+    if not workload.replicate_tied:
+        del content["replicate_tied"]
     return content
+
+
+def _stage_to(stage: Stage) -> dict[str, Any]:
+    cost = {"seconds": asdict(stage.cost)} if stage.cost else {}
+    return {"device": stage.device, "modules": list(stage.modules), **cost}
+
+
+def _stage_from(content: Mapping[str, Any]) -> Stage:
+    cost = _record(StageCost, content["seconds"]) if content.get("seconds") else None
+    return Stage(device=content["device"], modules=tuple(content["modules"]), cost=cost)
+
+
+def _copies_to(copies: TiedCopies) -> dict[str, Any]:
+    return {**asdict(copies), "groups": list(copies.groups), "devices": list(copies.devices)}
 
 
 def _plan_from(content: Mapping[str, Any]) -> Plan:
@@ -311,9 +314,9 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
         machine=machine,
         workload=_record(Workload, workload),
         quantities=_record(Quantities, content["quantities"]),
-        placement=_placement(content, "device_map", machine),
-        input_devices=_placement(content, "input_devices", machine),
-        stages=tuple(Stage(device=s["device"], modules=tuple(s["modules"])) for s in content["stages"]),
+        placement=_placement(content, "device_map", [*_keys(machine), *([HOST] if content.get("offload") else [])]),
+        input_devices=_placement(content, "input_devices", _keys(machine)),
+        stages=tuple(map(_stage_from, content["stages"])),
         boundaries=tuple(_record(Boundary, boundary) for boundary in content["boundaries"]),
         memory={_key_from(key): _memory_from(parts) for key, parts in content["memory"].items()},
         kv_tokens=content["capacity"]["kv_tokens"],
@@ -323,14 +326,26 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
         estimate=_estimate_from(content["estimate"]),
         extrapolated=tuple(map(str, content["capacity"].get("extrapolated", ()))),
         assumptions=tuple(map(str, content.get("assumptions", ()))),
+        offload=_offload_from(content.get("offload")),
+        tied_copies=tuple(
+            _record(TiedCopies, {**one, "groups": tuple(one["groups"]), "devices": tuple(one["devices"])})
+            for one in content.get("tied_copies", ())
+        ),
+        quantization=Quantised.from_dict(content["quantization"]) if content.get("quantization") else None,
     )
     if "input_ids" not in plan.input_devices:
         raise ValueError(f"input_devices names {list(plan.input_devices)}, not input_ids")
     if "auto" in (plan.workload.dtype, plan.workload.kv_dtype):
         raise ValueError("the workload's dtype is auto: a plan is for one dtype")
+    if plan.workload.quantize != "none" and (plan.quantization is None or plan.workload.quantize == "auto"):
+        raise ValueError(f"the workload's quantize is {plan.workload.quantize}, and quantization does not say of what")
     if list(plan.memory) != _keys(machine):
         raise ValueError(f"memory lists devices {list(plan.memory)}, the machine has {_keys(machine)}")
     return plan
+
+
+def _offload_from(content: Mapping[str, Any] | None) -> Offload | None:
+    return None if content is None else _record(Offload, content)
 
 
 def _estimate_from(content: Mapping[str, Any]) -> Estimate:
@@ -356,9 +371,9 @@ def _record(kind: type[Record], content: Mapping[str, Any]) -> Record:
     return value
 
 
-def _placement(content: Mapping[str, Any], name: str, machine: Machine) -> dict[str, DeviceKey]:
-    """A map from names to the machine's devices; ValueError for any other device."""
-    placement, known = dict(content[name]), _keys(machine)
+def _placement(content: Mapping[str, Any], name: str, known: list[DeviceKey]) -> dict[str, DeviceKey]:
+    """A map from names to the known devices; ValueError for any other device."""
+    placement = dict(content[name])
     wrong = [f"{module}: {key!r}" for module, key in placement.items() if key not in known]
     if wrong:
         raise ValueError(f"{name} says {', '.join(wrong[:3])}; the machine's devices are {known}")

@@ -11,10 +11,12 @@ from rich.text import Text
 
 from planner.alternatives import LABELS as LABEL_OF
 from planner.alternatives import Alternative
+from planner.defaults import defaults_of
+from planner.implementation import IMPLEMENTATIONS, OURS
 from planner.machine import Device
 from planner.memory import LABELS, MemoryBreakdown
-from planner.plan import Boundary, DeviceKey, Plan, device_key
-from planner.units import GIB, format_bytes
+from planner.plan import HOST, Boundary, DeviceKey, Plan, device_key
+from planner.units import GIB, format_bytes, format_seconds
 
 BAR_CELLS = 40
 TABLE_WIDTH = 64
@@ -42,6 +44,8 @@ def report(plan: Plan) -> RenderableType:
         *_memory_tables(plan),
         Text(),
         *_boundary_lines(plan),
+        *_copies_lines(plan),
+        *_offload_lines(plan),
         *_verdict(plan),
     )
 
@@ -49,13 +53,22 @@ def report(plan: Plan) -> RenderableType:
 def _headline(plan: Plan) -> Text:
     model, workload, counts = plan.model, plan.workload, plan.quantities
     images = f"{counts.images} image{'s'[: counts.images != 1]} ({counts.image_tokens} positions), "
+    beams = f"{workload.num_beams} beams, " if workload.num_beams > 1 else ""
     return Text.assemble(
         (model.name, "bold"),
         f": {model.num_parameters / 1e9:.2f} B parameters, {model.dtype}, "
         f"{format_bytes(model.weight_bytes)} of weights\n"
-        f"batch {workload.batch_size}, {images if counts.images else ''}{workload.prompt_tokens} prompt + "
+        f"batch {workload.batch_size}, {beams}{images if counts.images else ''}{workload.prompt_tokens} prompt + "
         f"{workload.new_tokens} new: {counts.positions} KV positions",
+        *(f"\n{habits}" for habits in habits_said(plan)),
     )
+
+
+def habits_said(plan: Plan) -> Iterator[str]:
+    """By whose code the plan is to be run, where that is not ours."""
+    name = plan.workload.implementation
+    if name != OURS:
+        yield f"as the code of {name} takes memory: {IMPLEMENTATIONS[name].habits}"
 
 
 def _device_table(plan: Plan) -> Table:
@@ -67,9 +80,10 @@ def _device_table(plan: Plan) -> Table:
         peak = plan.memory[key]
         sizes = f" {_gib(peak.total_bytes)} of {_gib(device.memory_bytes)} GiB"
         table.add_row(Text(device.name, style="bold"), Text.assemble(memory_bar(peak, device.memory_bytes), sizes))
-        table.add_row(
-            Text(device.kind or "", style="dim"), Text(", ".join(short_names(_modules_on(plan, key))) or "nothing")
-        )
+        table.add_row(Text(device.kind or "", style="dim"), Text(folded(_modules_on(plan, key)) or "nothing"))
+    for key in dict.fromkeys(plan.running[module] for module in _modules_on(plan, HOST)):
+        resting = [module for module in _modules_on(plan, HOST) if plan.running[module] == key]
+        table.add_row(Text("host", style="bold"), Text(f"for {_name(plan, key)}: {folded(resting)}"))
     return table
 
 
@@ -128,6 +142,20 @@ def _boundary_lines(plan: Plan) -> Iterator[Text]:
 _PER = {"encode": "image pass", "prefill": "prompt", "decode": "token"}
 
 
+def _copies_lines(plan: Plan) -> Iterator[Text]:
+    for copies in plan.tied_copies:
+        devices = " and ".join(_name(plan, device) for device in copies.devices)
+        size = format_bytes(copies.num_bytes)
+        yield Text(f"{' and '.join(copies.groups)} are tied: {size} of weights on each of {devices}.")
+
+
+def _offload_lines(plan: Plan) -> Iterator[Text]:
+    if plan.offload is not None:
+        resting, price = plan.offload.sentences(plan.estimate.tpot_s)
+        yield Text(resting)
+        yield Text(f"  {price}")
+
+
 def _verdict(plan: Plan) -> Iterator[Text]:
     if plan.kv_tokens is not None:
         binding = min(
@@ -140,15 +168,13 @@ def _verdict(plan: Plan) -> Iterator[Text]:
             f"Room for {plan.kv_tokens:,} KV positions per sequence. {plan.machine.devices[binding].name} binds: "
             f"most of it is {LABELS[largest]}."
         )
-    yield _times(plan)
-    if plan.extrapolated:
-        yield Text(f"Extrapolated beyond what was traced: {', '.join(plan.extrapolated)}.", style="yellow")
-    for assumption in plan.assumptions:
-        yield Text(f"Assumed: {assumption}.", style="yellow")
+    for sentence, style in figures_said(plan):
+        yield Text(sentence, style=style)
     solver = plan.solver
-    yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap:.1%} ({solver.method}).")
+    yield Text(f"Placement by {solver.objective}: {solver.status}, gap {solver.gap_text} ({solver.method}).")
     if plan.proof.get("status") == "proven":
-        yield Text.assemble("Proven to run: ", plan.proof.get("workload_class", ""), ".")
+        precision = f", with all weights in {plan.model.dtype}" if plan.quantization else ""
+        yield Text.assemble("Proven to run: ", plan.proof.get("workload_class", ""), precision, ".")
         yield Text(f"  hooks: {plan.proof.get('hooks')}; {plan.proof.get('versions')}", style="dim")
     elif plan.assumptions:
         yield Text("Not proven: there is no code to run. --trust-remote-code runs the model's own.", style="yellow")
@@ -156,21 +182,29 @@ def _verdict(plan: Plan) -> Iterator[Text]:
         yield Text("Not proven by a run: --prove runs it at full size on virtual GPUs.", style="yellow")
 
 
-def _times(plan: Plan) -> Text:
+def figures_said(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Sentences on a plan's times, and on what its figures rest, each with its style in a terminal."""
     estimate = plan.estimate
     if estimate.ttft_s is None or estimate.tpot_s is None:
-        return Text("No times: a size alone has no speed. Name GPU models, such as --gpus rtx4090,l4.", style="dim")
-    return Text(
-        f"Estimated: first token after {seconds_text(estimate.ttft_s)}, then {seconds_text(estimate.tpot_s)} each, "
-        f"{estimate.tokens_per_s or 0:.1f} tokens/s."
-    )
+        yield "No times: a size alone has no speed. Name GPU models, such as --gpus rtx4090,l4.", "dim"
+    else:
+        first, later = seconds_text(estimate.ttft_s), seconds_text(estimate.tpot_s)
+        yield f"Estimated: first token after {first}, then {later} each, {estimate.tokens_per_s or 0:.1f} tokens/s.", ""
+    if defaults := list(defaults_of(plan)):
+        yield f"Rests on defaults: {', '.join(defaults)}.", "dim"
+    for sentence in plan.quantization.sentences(plan.model.dtype, estimate.tpot_s) if plan.quantization else ():
+        yield sentence, ""
+    if plan.extrapolated:
+        yield f"Extrapolated beyond what was traced: {', '.join(plan.extrapolated)}.", "yellow"
+    for assumption in plan.assumptions:
+        yield f"Assumed: {assumption}.", "yellow"
 
 
 def seconds_text(seconds: float | None) -> str:
     """`1.25 s`, or `12.5 ms` below a tenth of a second; a dash for what is unknown."""
     if seconds is None:
         return "-"
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+    return format_seconds(seconds)
 
 
 def alternatives_table(found: Iterable[Alternative], chosen: str) -> Table:
@@ -215,6 +249,17 @@ def short_names(modules: Iterable[str]) -> list[str]:
         else:
             names.append((prefix, index, index))
     return [_range(*name) for name in names]
+
+
+def folded(modules: Iterable[str]) -> str:
+    """Short names in one line, a list's name once for neighbours from it: `model.layers.0-2, 4, head`."""
+    texts, before = [], ""
+    for name in short_names(modules):
+        prefix, _, last = name.rpartition(".")
+        is_element = last.replace("-", "").isdigit()
+        texts.append(last if is_element and prefix == before else name)
+        before = prefix if is_element else ""
+    return ", ".join(texts)
 
 
 def _range(prefix: str, first: int | None, last: int | None) -> str:

@@ -99,24 +99,29 @@ class TimeTable:
         decode = at_average_length(quantities, new_tokens)
         by_speed: dict[object, tuple[Times, ...] | None] = {}
         for device in machine.devices:
-            if _speed(device) not in by_speed:
-                by_speed[_speed(device)] = _times_on(device, graph, quantities, decode)
+            if device.speed not in by_speed:
+                by_speed[device.speed] = _times_on(device, graph, quantities, decode)
         return cls(
             machine=machine,
             new_tokens=new_tokens,
-            groups=tuple(by_speed[_speed(device)] for device in machine.devices),
+            groups=tuple(by_speed[device.speed] for device in machine.devices),
             flows=tuple(_flow_size(flow, position, quantities, decode) for flow in graph.flows),
             inputs_beside=None if graph.home else _reader_of_ids(graph, position),
         )
 
-    def placed(self, devices: Sequence[int]) -> PlacementTimes | None:
-        """The times of a placement, as device positions by group; None when a device's speed is unknown."""
+    def placed(self, devices: Sequence[int], waiting: Mapping[int, Times] | None = None) -> PlacementTimes | None:
+        """The times of a placement, as device positions by group; None when a device's speed is unknown.
+
+        `waiting` is how long devices wait for weights that rest on the host.
+        """
         compute = [Times() for _ in self.machine.devices]
         for group, device in enumerate(devices):
             known = self.groups[device]
             if known is None:
                 return None
             compute[device] += known[group]
+        for device, times in (waiting or {}).items():
+            compute[device] += times
         transfers = Times()
         request_ns = [times.request_ns(self.new_tokens) for times in compute]
         for flow in self.flows:
@@ -184,10 +189,12 @@ def roofline(cost: PhaseCost, quantities: Quantities, device: Device) -> Rooflin
     """What one pass through a group needs; None on a device of unknown speed."""
     if not device.bandwidth_bytes_per_s or not device.flops_per_s:
         return None
+    bandwidth_fraction = device.bandwidth_fraction or BANDWIDTH_FRACTION
+    launch_s = LAUNCH_S if device.launch_s is None else device.launch_s
     return Roofline(
         compute_s=cost.flops(quantities) / ((device.flops_fraction or FLOPS_FRACTION) * device.flops_per_s),
-        read_s=cost.read_bytes(quantities) / (BANDWIDTH_FRACTION * device.bandwidth_bytes_per_s),
-        launch_s=cost.launches(quantities) * LAUNCH_S,
+        read_s=cost.moved_bytes(quantities) / (bandwidth_fraction * device.bandwidth_bytes_per_s),
+        launch_s=cost.launches(quantities) * launch_s,
     )
 
 
@@ -215,10 +222,6 @@ def link_between(machine: Machine, source: int, target: int) -> Link:
         bandwidth_bytes_per_s=PCIE_BYTES_PER_S if beside else NETWORK_BYTES_PER_S,
         latency_s=COPY_LATENCY_S if beside else NETWORK_LATENCY_S,
     )
-
-
-def _speed(device: Device) -> tuple[float | None, ...]:
-    return device.bandwidth_bytes_per_s, device.flops_per_s, device.flops_fraction
 
 
 def at_average_length(quantities: Quantities, new_tokens: int) -> Quantities:

@@ -88,45 +88,44 @@ def ask(
 ) -> list[Answer]:
     """The answers to one batch of questions; `write` gets the text of a single one as it comes.
 
+    With the beams of a plan for beam search, which writes an answer when it is whole.
     Raises: ConstraintError for more than was planned, before anything runs; SourceError for a picture that cannot be
     read; PlannerError when the model's numbers overflow.
     """
+    num_beams = model.plan.workload.num_beams
     inputs = prompter.inputs(questions)
     refuse_more_than_planned(model.plan, inputs["input_ids"].shape, questions, sampling.max_new_tokens)
-    taken = inspect.signature(model.forward).parameters
-    cast = {
-        name: value.to(model.dtype) if value.is_floating_point() else value
-        for name, value in inputs.items()
-        # Tokenizers may say more than the model takes, which `generate` refuses.
-        if name in taken
-    }
     torch.manual_seed(sampling.seed)
     start_s = time.perf_counter()
     try:
         found = model.generate(
-            **place_inputs(model, cast),
+            **place_inputs(model, taken_inputs(model, inputs)),
             **sampling.settings(),
-            **_endings(model, prompter),
-            streamer=TextStream(prompter, write) if write else None,
+            **endings(model, prompter),
+            num_beams=num_beams,
+            streamer=TextStream(prompter, write) if write and num_beams == 1 else None,
         )
     except FloatingPointError as problem:
         raise PlannerError(str(problem)) from problem
     seconds = time.perf_counter() - start_s
     # An encoder-decoder's answer does not begin with the prompt.
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    return [_answer(model, prompter, row[start:].tolist(), seconds) for row in found.cpu()]
+    answers = [_answer(model, prompter, row[start:].tolist(), seconds) for row in found.cpu()]
+    if write and num_beams > 1:
+        write(answers[0].text)
+    return answers
 
 
 def refuse_more_than_planned(
     plan: Plan, prompt_shape: Sequence[int], questions: Sequence[Question], max_new_tokens: int
 ) -> None:
     """Raise ConstraintError, with what fits, for a batch, pictures or positions beyond the plan's."""
-    planned = plan.quantities
+    planned, most = plan.quantities, plan.workload.batch_size
     batch, prompt_positions = prompt_shape
     most_images = max(len(question.images) for question in questions)
     room = planned.text_tokens + planned.image_tokens
-    if batch > planned.batch:
-        raise ConstraintError(f"{batch} prompts at once, and the plan is for {planned.batch}: --batch-size {batch}")
+    if batch > most:
+        raise ConstraintError(f"{batch} prompts at once, and the plan is for {most}: --batch-size {batch}")
     if planned.images and most_images > planned.images:
         raise ConstraintError(
             f"{most_images} pictures, and the plan is for {planned.images}: leave some out, or plan again with "
@@ -150,7 +149,17 @@ def _what_fits(plan: Plan) -> str:
     return f"These GPUs have room for {plan.kv_tokens:,} positions." if plan.kv_tokens is not None else ""
 
 
-def _endings(model: Placed, prompter: Prompter) -> Mapping[str, Any]:
+def taken_inputs(model: Placed, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model takes of a prompter's inputs, in its dtype: tokenizers may say more, which `generate` refuses."""
+    taken = inspect.signature(model.forward).parameters
+    return {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in inputs.items()
+        if name in taken
+    }
+
+
+def endings(model: Placed, prompter: Prompter) -> Mapping[str, Any]:
     """Ids that end an answer: the model's, and those that its turns end with."""
     if not prompter.stop_ids:
         return {}

@@ -15,6 +15,7 @@ from planner.workload import Workload
 from runtime.planning import fingerprint, refuse_hazards
 from runtime.rehearsal import pictures_of, prompt_of_pictures
 from runtime.steps import forward_and_decode
+from runtime.ties import ties_apart
 from runtime.trace import Trace, trace_model
 from runtime.traced_graph import sample_of
 from vlm.image_formats import levels
@@ -69,7 +70,8 @@ def costs_of(skeleton: PreTrainedModel, name: str, workloads: Sequence[Workload]
     """
     shown = {_sight(workload): pictures_of(skeleton, workload) for workload in workloads}
     pictures = [shown[_sight(workload)] for workload in workloads]
-    samples = list(_samples(skeleton, name, list(zip(workloads, pictures, strict=True))))
+    with ties_apart(skeleton, wanted=workloads[0].replicate_tied):
+        samples = list(_samples(skeleton, name, list(zip(workloads, pictures, strict=True))))
     return TracedCosts(
         graph=fit(samples, min(windows(skeleton.config), default=None)),
         image=_image_rule(workloads, pictures) if workloads[0].num_images else None,

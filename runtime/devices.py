@@ -10,7 +10,7 @@ from torch import nn
 
 from planner.errors import MachineError, PlanMismatchError
 from planner.paths import owner
-from planner.plan import DeviceKey, Plan, device_key
+from planner.plan import HOST, DeviceKey, Plan, device_key
 from runtime.virtual import virtual_gpus
 
 UNLIMITED_BYTES = 2**60
@@ -20,21 +20,25 @@ Devices = str | Sequence[str | torch.device] | None
 
 
 def torch_devices(plan: Plan, devices: Devices) -> dict[DeviceKey, torch.device]:
-    """The torch device of every device of the plan.
+    """The torch device of every device of the plan, and of the host where something rests there.
 
     `None` means the real GPUs, "virtual" virtual ones of the planned sizes, "cpu" the CPU for all of them, a list one
     device each in the plan's order.
     Raises: MachineError when a GPU is not there, or the list's length is not the plan's.
     """
     if len(plan.machine.hosts) > 1:
-        raise MachineError(f"the plan spans hosts {', '.join(plan.machine.hosts)}: one process loads one host's part")
+        raise MachineError(
+            f"the plan spans hosts {', '.join(plan.machine.hosts)}: it runs with one process per stage, which "
+            "plan-devices launch PLAN MODEL ... starts, or runtime.pipeline.Pipeline under torchrun"
+        )
     keys = [device_key(plan.machine, position) for position in range(len(plan.machine.devices))]
     # Context and reserve hold no tensors; a device that they use up may still be one that the plan leaves empty.
     left = [max(1, d.memory_bytes - d.context_bytes - d.reserve_bytes) for d in plan.machine.devices]
     chosen = choose_devices([device.index for device in plan.machine.devices], devices, left, "the plan")
     if len(chosen) != len(keys):
         raise MachineError(f"devices lists {len(chosen)} devices, the plan has {len(keys)}: give one for each")
-    return dict(zip(keys, chosen, strict=True))
+    host = {HOST: torch.device("cpu")} if plan.offload else {}
+    return dict(zip(keys, chosen, strict=True)) | host
 
 
 def choose_devices(

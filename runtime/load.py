@@ -23,17 +23,21 @@ from runtime.devices import Devices, torch_devices
 from runtime.first_forward import watch_first_forward
 from runtime.inspection import verify_placement
 from runtime.links import Links
+from runtime.offload import attach_offload
 from runtime.overflow import report_overflow
 from runtime.probe import probe_machine
 from runtime.progress import byte_bar
-from runtime.readiness import refuse_full_devices, refuse_other_model, refuse_quantised
+from runtime.quantised import let_weights_go, quantiser_for
+from runtime.readiness import refuse_full_devices, refuse_other_model
 from runtime.sources import local_checkpoint, model_to_load, stored_weights
+from runtime.ties import keep_copies
 from runtime.weights import load_weights
 from vlm.checkpoint import Checkpoint
 from vlm.hub import Hub
 from vlm.model import Model
 from vlm.planning import plan_for
 from vlm.skeleton import build_skeleton
+from vlm.stored_layouts import quantization_config
 
 
 def load_sharded(
@@ -54,8 +58,8 @@ def load_sharded(
     Without a plan one is made for `machine`, or for the GPUs found here. `devices` is None for real GPUs, "virtual"
     for virtual ones, "cpu", or a list with one device for each of the plan's. `verify` compares every module's device
     with the plan and watches the first forward: what modules are given, and what meets between them (`.merges`). The
-    model carries its plan as `.plan`, where each input belongs as `.input_devices`, and which links between GPUs were
-    tested as `.links`.
+    model carries its plan as `.plan`, the price of what rests on the host as `.offload`, where each input belongs as
+    `.input_devices`, and which links between GPUs were tested as `.links`.
 
     Raises: SourceError for a checkpoint that cannot be read; PlanMismatchError for another model's plan; MachineError
     when the devices are not there or too full; torch.OutOfMemoryError when one fills up. Whatever was placed is freed
@@ -64,25 +68,28 @@ def load_sharded(
     hub = replace(hub or Hub(), with_code=True) if trust_remote_code else hub or Hub()
     model = model_to_load(source, hub)
     stored = stored_weights(model)
-    refuse_quantised(model)
+    quantised = quantization_config(model.config)
     plan = _plan(model, plan, machine, workload, devices)
     dtype = getattr(torch, plan.workload.dtype)
     skeleton = build_skeleton(model, dtype=dtype, attention=plan.workload.attention)
     refuse_other_model(plan, model, skeleton, str(stored.folder))
     places = torch_devices(plan, devices)
     refuse_full_devices(plan, places)
+    device_map = {name: places[key] for name, key in plan.device_map.items()}
+    quantiser = quantiser_for(skeleton, plan, quantised, device_map)
     checkpoint = local_checkpoint(stored, hub)  # a refusal before this costs no download
     if skeleton.can_generate():
-        skeleton.generation_config = _generation_config(checkpoint.folder, skeleton)
-    device_map = {name: places[key] for name, key in plan.device_map.items()}
+        skeleton.generation_config = generation_config_of(checkpoint.folder, skeleton)
     try:
         with byte_bar("Loading weights", _stored_bytes(checkpoint)) as advance:
-            load_weights(skeleton, checkpoint, device_map, advance)
+            load_weights(skeleton, checkpoint, device_map, advance, quantiser)
+        if plan.workload.replicate_tied:
+            keep_copies(skeleton, device_map)
         return _attached(skeleton, plan, places, device_map, verify=verify)
     except BaseException as problem:
         # The exception's frames hold the skeleton and weights on their way: let all of it go, so that every device is
         # free when the caller sees the exception.
-        skeleton._apply(lambda tensor: tensor.to("meta"))
+        let_weights_go(skeleton)
         traceback.clear_frames(problem.__traceback__)
         raise
 
@@ -109,8 +116,10 @@ def _attached(
     verify: bool,
 ) -> PreTrainedModel:
     home = places[plan.input_devices["input_ids"]]
+    running = {name: places[key] for name, key in plan.running.items()}
     skeleton.links = Links()
-    attach_boundaries(skeleton, device_map, home, skeleton.links)
+    skeleton.offload = attach_offload(skeleton, device_map, running)
+    attach_boundaries(skeleton, running, home, skeleton.links)
     refuse_moves(skeleton)
     if skeleton.dtype == torch.float16:
         report_overflow(skeleton)
@@ -141,7 +150,7 @@ def _stored_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.pickles or checkpoint.shards)
 
 
-def _generation_config(folder: Path, skeleton: PreTrainedModel) -> GenerationConfig:
+def generation_config_of(folder: Path, skeleton: PreTrainedModel) -> GenerationConfig:
     """The folder's, else what the config says, without its `max_length`: that argues with every `max_new_tokens`."""
     if (folder / "generation_config.json").exists():
         try:

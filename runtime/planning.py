@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.assembly import make_plan
 from planner.constraints import Constraints
 from planner.errors import UnsupportedModelError
 from planner.fit import fit
 from planner.graph import ModuleGraph
 from planner.machine import Machine
-from planner.plan import ModelSummary, Plan, make_plan
+from planner.plan import ModelSummary, Plan
 from planner.polynomial import Quantities
 from planner.problem import Objective, Problem
+from planner.quantisation import Layout, held_in
 from planner.shortfall import infeasible
-from planner.solve import near_home
+from planner.solve import tied
 from planner.workload import Workload
 from runtime.proof import DryRun, dry_run
 from runtime.steps import Steps, forward_and_decode
+from runtime.ties import ties_apart
 from runtime.trace import Trace, prompt_of, trace_model
 from runtime.traced_graph import sample_of
 
@@ -40,8 +43,8 @@ def plan_model(
 ) -> Plan:
     """The best plan for `model` by an objective, proven by running it on `inputs`.
 
-    The graph is traced from a run on `inputs`, whose sizes are the plan's; of `workload` only `new_tokens` and
-    `max_model_len` count. The map is clean under accelerate's hooks, with inputs on device 0.
+    The graph is traced from a run on `inputs`, whose sizes are the plan's; of `workload` only `new_tokens`,
+    `max_model_len` and `replicate_tied` count. The map is clean under accelerate's hooks, with inputs on device 0.
     Raises: InfeasibleError when nothing fits; UnsupportedModelError when the model leaves a tensor on the host where it
     meets others, which would fail on any GPU; RuntimeError when the plan's own run meets a mismatch that its trace did
     not show, which would be our mistake.
@@ -49,10 +52,20 @@ def plan_model(
     steps = steps or forward_and_decode()
     asked = _sized(workload or Workload(), inputs, model)
     quantities = _quantities(asked)
-    graph = module_graph(model, inputs, quantities, steps=steps)
-    problem = Problem.of(graph, machine, quantities, Constraints(split_vision=split_vision))
-    problem = replace(problem, objective=objective, new_tokens=asked.new_tokens)
-    solution = near_home.solve(problem)
+    with ties_apart(model, wanted=asked.replicate_tied):
+        graph = module_graph(model, inputs, quantities, steps=steps)
+    limits = Constraints(split_vision=split_vision)
+    problem = replace(Problem.of(graph, machine, quantities, limits), objective=objective, new_tokens=asked.new_tokens)
+    plan = plan_of_module(model, problem, asked)
+    return replace(plan, proof=_proof(dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
+
+
+def plan_of_module(model: nn.Module, problem: Problem, asked: Workload) -> Plan:
+    """The best plan for a problem whose graph is that of `model`, not proven.
+
+    Raises: InfeasibleError when nothing fits.
+    """
+    graph, solution = problem.graph, tied.solve(problem)
     if solution.status == "INFEASIBLE":
         raise infeasible(problem, solution)
     summary = ModelSummary(
@@ -62,8 +75,7 @@ def plan_model(
         weight_bytes=graph.weight_bytes,
         dtype=graph.dtype,
     )
-    plan = make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model))
-    return replace(plan, proof=_proof(dry_run(model, inputs, plan, hooks="accelerate", steps=steps), inputs))
+    return make_plan(problem, solution, model=summary, workload=asked, fingerprint=fingerprint(model))
 
 
 def module_graph(
@@ -79,6 +91,19 @@ def module_graph(
     refuse_hazards(trace, name)
     counts = quantities or _quantities(_sized(Workload(), inputs, model))
     return fit([sample_of(trace, model, name, counts)])
+
+
+def problem_of_module(
+    model: nn.Module, inputs: Mapping[str, Any], machine: Machine, workload: Workload, layouts: Mapping[str, Layout]
+) -> tuple[Problem, Workload]:
+    """The placement problem of a run on `inputs` with weights held in `layouts`, and the workload that the run is.
+
+    Raises: as `module_graph`.
+    """
+    asked = _sized(workload, inputs, model)
+    quantities = _quantities(asked)
+    graph = held_in(module_graph(model, inputs, quantities), layouts, asked.num_sequences)
+    return replace(Problem.of(graph, machine, quantities), new_tokens=asked.new_tokens), asked
 
 
 def refuse_hazards(trace: Trace, name: str) -> None:

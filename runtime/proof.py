@@ -23,6 +23,7 @@ from runtime.devices import UNLIMITED_BYTES, refuse_uncovered
 from runtime.mismatch import Mismatch, calling_place, unique
 from runtime.relocate import relocate
 from runtime.steps import Steps, forward_and_decode
+from runtime.ties import ties_apart
 from runtime.trace import is_shape_only
 from runtime.twin import let_go, make_twin
 from runtime.virtual import DeviceMismatchError, VirtualGpus, virtual_gpus
@@ -83,7 +84,8 @@ def dry_run(
     gpus = virtual_gpus([UNLIMITED_BYTES] * num_devices, shape_only=is_shape_only(model))
     input_indices = _input_indices(plan_or_device_map, hooks)
     home = _home(input_indices, device_map) if home is None else home
-    twin = _placed(model, device_map, gpus)
+    with ties_apart(model, wanted=_keeps_copies(plan_or_device_map)):
+        twin = _placed(model, device_map, gpus)
     watch = ProofWatch(twin)
     _attach(twin, device_map, gpus, hooks, home)
     placed = {name: _brought(value, gpus.devices[input_indices.get(name, home)]) for name, value in inputs.items()}
@@ -175,8 +177,13 @@ def signature(tensor: torch.Tensor) -> str:
     return getattr(tensor.untyped_storage(), "made_by", "the inputs")
 
 
+def _keeps_copies(plan_or_device_map: Plan | Mapping[str, Any]) -> bool:
+    """Whether tied weights are on every device that reads them."""
+    return isinstance(plan_or_device_map, Plan) and plan_or_device_map.workload.replicate_tied
+
+
 def _indices(plan_or_device_map: Plan | Mapping[str, Any]) -> dict[str, int]:
-    given = plan_or_device_map.device_map if isinstance(plan_or_device_map, Plan) else plan_or_device_map
+    given = plan_or_device_map.running if isinstance(plan_or_device_map, Plan) else plan_or_device_map
     wrong = {name: value for name, value in given.items() if _index(value) is None}
     if wrong or not given:
         name, value = next(iter(wrong.items()), ("", "an empty map"))

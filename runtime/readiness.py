@@ -12,6 +12,7 @@ from planner.plan import DeviceKey, Plan
 from planner.units import format_bytes
 from runtime.planning import fingerprint
 from vlm.model import Model
+from vlm.stored_layouts import quantization_config
 from vlm.traced import TracedModel
 
 REPLAN = "Or give no plan, which plans anew (--replan)."
@@ -37,10 +38,12 @@ def refuse_full_devices(plan: Plan, places: Mapping[DeviceKey, torch.device]) ->
     The context is there once torch has been asked, and the reserve is for what may come: neither is asked for.
     """
     needed: dict[torch.device, int] = {}
-    for key, device in places.items():
-        part = plan.memory[key]
+    for key, part in plan.memory.items():
+        if key not in places:
+            continue  # another process's
+        device = places[key]
         used = part.total_bytes - part.context_bytes - part.reserve_bytes
-        if device.type != "cpu" and key in set(plan.placement.values()):
+        if device.type != "cpu" and key in set(plan.running.values()):
             needed[device] = needed.get(device, 0) + used
     short = []
     for device, num_bytes in needed.items():
@@ -51,13 +54,11 @@ def refuse_full_devices(plan: Plan, places: Mapping[DeviceKey, torch.device]) ->
         raise MachineError(f"{'; '.join(short)}. Free that memory, or make a plan for what is free. {REPLAN}")
 
 
-def refuse_quantised(model: Model) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose stored weights are not values but codes."""
-    levels = [model.config, *(value for value in model.config.values() if isinstance(value, Mapping))]
-    found = next((level["quantization_config"] for level in levels if level.get("quantization_config")), None)
-    if found is not None:
-        method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
+def refuse_quantised(model: Model, plan: Plan | None = None) -> None:
+    """Raise UnsupportedModelError where weights are, or are to be, in fewer bits: a stage of a pipeline has none so."""
+    stored = quantization_config(model.config)
+    if stored is not None or (plan is not None and plan.quantization is not None):
+        how = stored.get("quant_method", "unknown") if stored is not None else plan.workload.quantize if plan else ""
         raise UnsupportedModelError(
-            f"{model.name} is quantised ({method}), which is not loaded here: take a checkpoint in 16 bits, or "
-            "transformers' from_pretrained with a device map"
+            f"{model.name} in {how} is not loaded into a pipeline of processes: load_sharded runs it in one process"
         )

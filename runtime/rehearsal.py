@@ -34,7 +34,8 @@ def rehearsal(model: Model, workload: Workload) -> Rehearsal:
     Raises: UnsupportedModelError for a model that cannot be built, or takes images in no known form.
     """
     skeleton = build_skeleton(model, dtype=getattr(torch, workload.dtype), attention=workload.attention)
-    return Rehearsal(skeleton=skeleton, inputs=inputs_of(skeleton, workload), steps=forward_and_decode())
+    steps = forward_and_decode(num_beams=workload.num_beams)
+    return Rehearsal(skeleton=skeleton, inputs=inputs_of(skeleton, workload), steps=steps)
 
 
 def inputs_of(skeleton: PreTrainedModel, workload: Workload) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import networkx as nx
 from torch import nn
 
 from planner.fit import Sample, SampledInterval
-from planner.graph import INPUTS, Flow, Fusion, Home, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role
+from planner.graph import INPUTS, Flow, Fusion, Home, Linear, ModuleGraph, ModuleGroup, Phase, PhaseCost, Role, Tie
+from planner.paths import owner
 from planner.polynomial import Quantities, constant, variable
 from runtime.atoms import tensors_of
 from runtime.recorder import INPUTS_LABEL, MOVED, Sent, Work
 from runtime.recorder import Interval as RecordedInterval
 from runtime.trace import Trace
+from vlm.linears import quantisable_linears
 
 
 def sample_of(trace: Trace, model: nn.Module, name: str, quantities: Quantities) -> Sample:
@@ -29,6 +31,7 @@ def sample_of(trace: Trace, model: nn.Module, name: str, quantities: Quantities)
         flows=tuple(builder.flows()),
         fusions=tuple(builder.fusions()),
         home=Home(modules=tuple(atom.name for atom in trace.groups[INPUTS_LABEL])),
+        ties=tuple(builder.ties()),
     )
     return Sample(quantities=quantities, graph=graph, intervals=tuple(builder.intervals()))
 
@@ -46,6 +49,7 @@ class _Builder:
         self._vision = _vision_labels(self.trace, self._embedding)
         self._kv = _cache_growth(self.trace)
         self._copied = _largest_growth(self.trace)
+        self._linears = _linears_by_atom(trace, model)
         self._last_step = max(interval.step for interval in trace.record.intervals if interval.running is not None)
 
     def group(self, label: int) -> ModuleGroup:
@@ -69,6 +73,7 @@ class _Builder:
             kv_bytes_per_position=self._kv.get(label, (0, 0))[0] // self.trace.batch_size,
             buffer_bytes=constant(self._kv.get(label, (0, 0))[1]),
             reasons=tuple(self._reasons({atom.name for atom in atoms})),
+            linears=tuple(chain.from_iterable(self._linears.get(atom.name, ()) for atom in atoms)),
             **costs,
         )
 
@@ -109,6 +114,19 @@ class _Builder:
                         num_bytes=constant(max(copy.num_bytes for copy in copies)),
                         revisits=backward,
                     )
+
+    def ties(self) -> Iterator[Tie]:
+        """Parameters of one storage in several groups, where a model's ties are apart."""
+        sharing: dict[int, dict[str, nn.Parameter]] = {}
+        placed = ((label, atom) for label in self.labels for atom in self.trace.groups[label])
+        held = ((label, tensor) for label, atom in placed for _, tensor in tensors_of(self.model, atom))
+        for label, tensor in held:
+            if isinstance(tensor, nn.Parameter):
+                sharing.setdefault(tensor.untyped_storage()._cdata, {})[self.ids[label]] = tensor
+        for users in sharing.values():
+            if len(users) > 1:
+                shared = next(iter(users.values()))
+                yield Tie(groups=tuple(users), num_bytes=shared.nbytes, num_parameters=shared.numel())
 
     def fusions(self) -> Iterator[Fusion]:
         """The default that the vision path stays with the token embedding; what must be together is one group."""
@@ -164,6 +182,15 @@ def _execution_order(trace: Trace) -> list[int]:
         before = next((i for i, other in enumerate(ran) if other == label - 1), len(ran) - 1)
         ran.insert(before + 1, label)
     return ran
+
+
+def _linears_by_atom(trace: Trace, model: nn.Module) -> dict[str, list[Linear]]:
+    """The linear layers whose weights can be held in fewer bits, by the atom that they are in."""
+    atoms = [atom.name for group in trace.groups for atom in group]
+    found: dict[str, list[Linear]] = {}
+    for linear in quantisable_linears(model):
+        found.setdefault(owner(linear.name, atoms) or "", []).append(linear)
+    return found
 
 
 def _label_of_module(trace: Trace, model: nn.Module, getter: str) -> int | None:
@@ -253,5 +280,7 @@ def _cost(work: Work | None, copied_bytes_per_position: int = 0) -> PhaseCost | 
         flops=constant(work.flops),
         read_bytes=constant(work.read_bytes),
         launches=constant(work.launches),
+        picked_bytes=constant(work.picked_bytes),
+        table_bytes=work.table_bytes,
         moments_bytes=(copied,),
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from planner.errors import SourceError
+from planner.errors import SourceError, UnsupportedModelError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -23,6 +24,13 @@ LFS_MARK = b"version https://git-lfs"
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
+ITEM_BITS = {
+    **{"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16},
+    **{"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
+}
+"""Bits of an element, by its dtype's name in safetensors."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorHeader:
     """One stored weight: where it is, its dtype as safetensors names it, and its shape."""
@@ -30,6 +38,16 @@ class TensorHeader:
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor.
+
+        Raises: UnsupportedModelError for a dtype of unknown size.
+        """
+        if self.dtype not in ITEM_BITS:
+            raise UnsupportedModelError(f"{self.shard} holds a tensor of dtype {self.dtype}, whose size is not known")
+        return prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,15 +24,21 @@ from vlm.traced import ImageRule, TracedCosts, TracedModel, Tracer, costs_key
 from vlm.versions import installed_versions
 
 FORMAT = "plan-devices-costs/1"
+COUNTING = 3
+"""Version of what a trace counts; costs kept by another one are traced anew."""
 SHIPPED = Path(__file__).with_name("graphs")
 
 
 @dataclass(frozen=True)
 class CostLibrary:
-    """Costs by model and kind of workload. `folder` is the cache, `tracer` finds what is nowhere; both may be None."""
+    """Costs by model and kind of workload. `folder` is the cache, `tracer` finds what is nowhere; both may be None.
+
+    `extrapolating` takes what ships for batches and numbers of images beyond those traced, too: a search tries many.
+    """
 
     folder: Path | None = None
     tracer: Tracer | None = None
+    extrapolating: bool = False
     _known: dict[tuple[str, str], TracedCosts] = field(default_factory=dict)
 
     def find(self, model: TracedModel, workload: Workload) -> TracedCosts:
@@ -48,7 +54,8 @@ class CostLibrary:
 
     def _found(self, model: TracedModel, workload: Workload) -> TracedCosts:
         shipped = _shipped_costs(model, workload)
-        if shipped is not None and (self.tracer is None or _answers(shipped, workload)):
+        known_to = self.extrapolating or self.tracer is None
+        if shipped is not None and (known_to or _answers(shipped, workload)):
             return shipped
         path = self._path(model, workload)
         cached = _read(path) if path else None
@@ -70,10 +77,11 @@ class CostLibrary:
         return costs
 
     def _path(self, model: TracedModel, workload: Workload) -> Path | None:
-        """The cache file: another version of what was traced, or of this format, is another file."""
+        """The cache file: another version of what was traced, of its counting or of this format, is another file."""
         if self.folder is None:
             return None
-        question = [FORMAT, model.config_digest, model.architecture, costs_key(workload), installed_versions()]
+        counted = [FORMAT, COUNTING, installed_versions()]
+        question = [*counted, model.config_digest, model.architecture, costs_key(workload)]
         digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:24]
         return self.folder / f"{digest}.json"
 
@@ -107,7 +115,8 @@ def variant(workload: Workload) -> str:
     """The kinds of run between which a model takes different ways; sizes vary within one."""
     images = "images" if workload.num_images else "text only"
     samples = "batch" if workload.batch_size > 1 else "one sequence"
-    return f"{images}, {samples}, {workload.attention}, {ITEMSIZE[workload.dtype]} bytes"
+    ties = ", ties apart" if workload.replicate_tied else ""
+    return f"{images}, {samples}, {workload.attention}, {ITEMSIZE[workload.dtype]} bytes{ties}"
 
 
 def shipped_path(stem: str) -> Path:

@@ -25,6 +25,7 @@ PROCESSOR_DECIDES = frozenset(
     {
         *("InternVLForConditionalGeneration", "Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
         *("Llama4ForConditionalGeneration", "Mistral3ForConditionalGeneration"),
+        *("AyaVisionForConditionalGeneration", "Idefics2ForConditionalGeneration"),
     }
 )
 """Architectures whose processor makes more of a picture than the forward shows: tiles of one size, as many as it
@@ -74,6 +75,7 @@ def explain(model: Model, workload: Workload, devices: Iterable[Device] = ()) ->
         quantities=quantities,
         new_tokens=resolved.new_tokens,
         extrapolated=graph.extrapolated(quantities),
+        layouts=tuple(dict.fromkeys(layout for _, layout in graph.held)),
         bounds=tuple(device_bounds(graph, device, quantities, resolved.new_tokens) for device in kinds.values()),
     )
 
@@ -81,12 +83,13 @@ def explain(model: Model, workload: Workload, devices: Iterable[Device] = ()) ->
 def decoder_facts(config: Mapping[str, Any]) -> DecoderFacts | None:
     """What a config says about a decoder layer, under any spelling; None where width, layers or heads are not there.
 
+    None too where a layer caches one latent per position, and no keys and values by head.
     Source of Qwen's rule: its `intermediate_size` counts gate and up together (QwenLM/Qwen, modeling_qwen.py).
     """
     language = next((config[name] for name in _LANGUAGE_CONFIGS if isinstance(config.get(name), Mapping)), config)
     counts = {name: _count(language, spellings) for name, spellings in _KEYS.items()}
     hidden, layers, heads = counts["hidden_size"], counts["num_layers"], counts["num_heads"]
-    if hidden is None or layers is None or heads is None:
+    if hidden is None or layers is None or heads is None or "kv_lora_rank" in language:
         return None
     width, experts = counts["ffn_width"], counts["num_experts"]
     active = counts["num_active_experts"]

@@ -26,11 +26,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import TensorInfo, validate_repo_id
 
 from planner.errors import SourceError
 from vlm.checkpoint import (
     INDEX_NAME,
+    ITEM_BITS,
     SINGLE_NAME,
     Checkpoint,
     TensorHeader,
@@ -154,10 +155,7 @@ class Hub:
 
         def headers(shard: str) -> dict[str, TensorHeader]:
             metadata = api.parse_safetensors_file_metadata(repo_id, shard, revision=self.revision)
-            return {
-                name: TensorHeader(shard=Path(repo_id, shard), dtype=tensor.dtype, shape=tuple(tensor.shape))
-                for name, tensor in metadata.tensors.items()
-            }
+            return {name: _header(Path(repo_id, shard), name, tensor) for name, tensor in metadata.tensors.items()}
 
         with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
             return {name: header for found in pool.map(headers, shards) for name, header in found.items()}
@@ -173,6 +171,18 @@ class Hub:
                 f"{repo_id}: what was downloaded is not what the hub has: {', '.join(names[:3])} differ from their "
                 "checksums. They were removed; try again."
             )
+
+
+def _header(shard: Path, name: str, tensor: TensorInfo) -> TensorHeader:
+    """What a shard's header says of a tensor. Raises: SourceError where its bytes are not those of its shape."""
+    header = TensorHeader(shard=shard, dtype=tensor.dtype, shape=tuple(tensor.shape))
+    start, end = tensor.data_offsets
+    if header.dtype in ITEM_BITS and header.num_bytes != end - start:
+        raise SourceError(
+            f"{shard}: {name} of {list(header.shape)} in {header.dtype} is {header.num_bytes} bytes, and its header "
+            f"gives it {end - start}: the file is damaged"
+        )
+    return header
 
 
 def _shards(folder: Path, names: list[str]) -> list[str]:

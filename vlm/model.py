@@ -125,7 +125,7 @@ def find_model(
         default_dtype=entry.dtype,
         config=entry.config,
         find_costs=find_costs,
-        catalogue_stem=entry.name,
+        catalogue_stem=entry.like or entry.name,
     )
 
 

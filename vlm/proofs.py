@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def stored_proof(fingerprint: str, workload: Workload) -> dict[str, str]:
         "versions": proofs["versions"],
         "fingerprint": fingerprint,
     }
+
+
+def with_weights_named(plan: Plan) -> Plan:
+    """The plan with its proof saying in which dtype all weights were when it ran, where the plan quantises some."""
+    if plan.quantization is None or plan.proof.get("status") != "proven":
+        return plan
+    return replace(plan, proof={**plan.proof, "weights": f"all in {plan.model.dtype}"})
 
 
 def proof_digest(plan: Plan) -> str:

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from planner.beams import SCORE_BYTES, with_beams
 from planner.errors import ConstraintError
 from planner.graph import ModuleGraph
 from planner.polynomial import Quantities
 from planner.workload import ITEMSIZE, Workload
 from vlm.checkpoint import Checkpoint
 from vlm.families import FAMILIES
+from vlm.held import held_graph
+from vlm.vocabulary import vocab_size_of
 
-VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "use_cache")
+VOLATILE_KEYS = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "auto_map",
+    "use_cache",
+    "quantization_config",
+)
 """Keys of a config that say nothing about the modules, and differ between files of one model."""
 
 
@@ -47,6 +58,13 @@ class ImageRule:
         width, height = image_size or self.native_px
         cells = max(1, round(width / self.cell_px)) * max(1, round(height / self.cell_px))
         return cells * self.patches, cells * self.tokens
+
+    def smaller(self, image_size: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+        """Pictures of the same shape with sides of seven eighths and less; none where sizes make no difference."""
+        width, height = image_size or self.native_px
+        if self.any_size and self.cell_px is not None:
+            for eighths in range(7, 0, -1):
+                yield max(self.cell_px, width * eighths // 8), max(self.cell_px, height * eighths // 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +103,7 @@ class TracedModel:
     checkpoint: Checkpoint | None = None
     catalogue_stem: str | None = None
     code: Path | None = None
-    _found: list[TracedCosts] = field(default_factory=list, compare=False, repr=False)
+    _found: list[tuple[str, TracedCosts]] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def has_images(self) -> bool:
@@ -96,7 +114,7 @@ class TracedModel:
     @property
     def fixed_image_px(self) -> tuple[int, int] | None:
         """Width and height that every picture is resized to; None where any size will do."""
-        rules = [costs.image for costs in self._found if costs.image] or [self._costs(self._default).image]
+        rules = [costs.image for _, costs in self._found if costs.image] or [self._costs(self._default).image]
         return rules[0].native_px if rules[0] and not rules[0].any_size else None
 
     @property
@@ -108,6 +126,11 @@ class TracedModel:
     def fingerprint(self) -> str:
         """Equal for any two sources of the same architecture at the same size."""
         return self._any_costs.fingerprint
+
+    def smaller_images(self, workload: Workload) -> Iterator[tuple[int, int]]:
+        """Smaller sizes than a resolved workload's whose costs are known as well, the largest first."""
+        rule = self._costs(workload).image if workload.num_images else None
+        return rule.smaller(workload.image_size) if rule else iter(())
 
     @property
     def config_digest(self) -> str:
@@ -138,7 +161,7 @@ class TracedModel:
         """The counts of a resolved workload."""
         patches, image_tokens = self._image_counts(workload)
         return Quantities(
-            batch=workload.batch_size,
+            batch=workload.num_sequences,
             images=workload.num_images,
             patches=patches,
             text_tokens=workload.prompt_tokens,
@@ -147,12 +170,15 @@ class TracedModel:
         )
 
     def graph(self, workload: Workload) -> ModuleGraph:
-        """The module graph of a resolved workload's kind, in its dtype."""
-        return replace(self._costs(workload).graph, name=self.name, dtype=workload.dtype)
+        """The module graph of a resolved workload's kind, in its dtype, with what is quantised so."""
+        graph = replace(self._costs(workload).graph, name=self.name, dtype=workload.dtype)
+        if workload.num_beams > 1:
+            graph = with_beams(graph, vocab_size_of(self.config) * SCORE_BYTES)
+        return held_graph(graph, workload, self.config, self.checkpoint)
 
     @property
     def _any_costs(self) -> TracedCosts:
-        return self._found[0] if self._found else self._costs(self._default)
+        return self._found[0][1] if self._found else self._costs(self._default)
 
     @property
     def _default(self) -> Workload:
@@ -164,7 +190,7 @@ class TracedModel:
         if kv_dtype != dtype:
             raise ConstraintError(
                 f"kv_dtype {kv_dtype} with dtype {dtype}: the cache keeps keys and values in the model's dtype. "
-                "Leave kv_dtype at auto."
+                "Leave kv_dtype at auto; transformers' QuantizedCache, of 2 or 4 bits, is not planned."
             )
         images = workload.num_images if self.has_images else 0
         return replace(workload, dtype=dtype, kv_dtype=kv_dtype, num_images=images)
@@ -180,9 +206,13 @@ class TracedModel:
         return workload.num_images * counts[0], workload.num_images * counts[1]
 
     def _costs(self, workload: Workload) -> TracedCosts:
-        costs = self.find_costs(self, workload)
-        if not any(known is costs for known in self._found):
-            self._found.append(costs)
+        asked = workload.expanded
+        kind = costs_kind(asked)
+        costs = next((one for known, one in self._found if known == kind and _reaches(one.graph, asked)), None)
+        if costs is None:
+            costs = self.find_costs(self, asked)
+            if not any(one is costs for _, one in self._found):
+                self._found.append((kind, costs))
         return costs
 
 
@@ -193,16 +223,28 @@ MIN_TRACED_TOKENS = 4096
 
 def traced_tokens(workload: Workload) -> int:
     """Length of the longest prompt to trace for a workload: a power of two that covers its positions, within limits."""
-    longest = max(workload.prompt_tokens, workload.max_model_len or 0, MIN_TRACED_TOKENS)
+    needed = workload.max_model_len or workload.prompt_tokens + workload.new_tokens
+    longest = max(workload.prompt_tokens, needed, MIN_TRACED_TOKENS)
     return min(MAX_TRACED_TOKENS, 1 << (longest - 1).bit_length())
 
 
 def costs_key(workload: Workload) -> str:
     """What costs are found for: workloads of one key differ in nothing but the lengths of text and answer."""
+    return f"{costs_kind(workload)}, to {traced_tokens(workload)} tokens"
+
+
+def costs_kind(workload: Workload) -> str:
+    """What makes runs take different ways, lengths aside."""
     size = "x".join(map(str, workload.image_size)) if workload.image_size and workload.num_images else "native"
     images = f"{workload.num_images} images {size}" if workload.num_images else "text only"
-    lengths = f"{workload.attention}, {ITEMSIZE[workload.dtype]} bytes, to {traced_tokens(workload)} tokens"
-    return f"batch {workload.batch_size}, {images}, {lengths}"
+    code = f"{workload.attention}, {ITEMSIZE[workload.dtype]} bytes"
+    return f"batch {workload.batch_size}, {images}, {code}{', ties apart' if workload.replicate_tied else ''}"
+
+
+def _reaches(graph: ModuleGraph, workload: Workload) -> bool:
+    """Whether costs were traced for texts and a cache of a workload's lengths."""
+    lengths = {"text_tokens": workload.prompt_tokens, "positions": workload.max_model_len or 0}
+    return all(lengths[one.variable] <= one.high for one in graph.valid if one.variable in lengths)
 
 
 def _speaks_of_images(config: Mapping[str, Any]) -> bool:

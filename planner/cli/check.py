@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from planner.machine import Machine
 from planner.pages.html_page import diagnosis_page
 from planner.pages.markdown import diagnosis_markdown
 from planner.pages.terminal import diagnosis_report
+from planner.quantisation import Layout
 from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_hub_arguments(parser)
     work = parser.add_argument_group("workload")
     work.add_argument("--dtype", choices=get_args(Dtype), default="auto")
+    options.add_quantize_arguments(work, auto=False)
     work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
     work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
     work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
@@ -99,6 +101,7 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
     from runtime.diagnosis.diagnosis import diagnose
     from runtime.quiet import quiet_libraries
     from runtime.rehearsal import rehearsal
+    from vlm.planning import held_layouts
 
     machine = options.machine_from(arguments)
     written = _written_map(arguments.map)
@@ -106,9 +109,10 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
     risks += scan_files(arguments.source)
     model = options.model_from(arguments)
     workload = model.resolved(options.workload_from(arguments, model))
+    layouts = held_layouts(model, workload)
     with quiet_libraries():
         rehearsed = rehearsal(model, workload)
-        given = written or _strategys_map(arguments.map, rehearsed.skeleton, machine)
+        given = written or _strategys_map(arguments.map, rehearsed.skeleton, machine, layouts, model.config)
         diagnosis = diagnose(
             rehearsed.skeleton,
             rehearsed.inputs,
@@ -117,6 +121,7 @@ def _diagnosis(arguments: argparse.Namespace) -> Diagnosis:
             workload=workload,
             steps=rehearsed.steps,
             environment={name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ},
+            layouts=layouts,
         )
     findings = sorted_findings([*diagnosis.findings, *source_findings(risks)])
     return replace(diagnosis, model=model.name, findings=findings, notes=(*diagnosis.notes, *notes))
@@ -131,10 +136,18 @@ def _written_map(text: str) -> GivenMap | None:
     raise SourceError(f"there is no file {text}: name a JSON or YAML file, a plan of ours, or {', '.join(STRATEGIES)}")
 
 
-def _strategys_map(strategy: str, skeleton: Any, machine: Machine) -> GivenMap:
+def _strategys_map(
+    strategy: str, skeleton: Any, machine: Machine, layouts: Mapping[str, Layout], config: Mapping[str, Any]
+) -> GivenMap:
     from runtime.diagnosis.auto_maps import auto_map
 
-    return auto_map(skeleton, strategy, machine)
+    if not layouts:
+        return auto_map(skeleton, strategy, machine)
+    from runtime.quantised import quantised_copy
+    from vlm.stored_layouts import quantization_config
+
+    sized, quantiser = quantised_copy(skeleton, layouts, quantization_config(config))
+    return auto_map(sized, strategy, machine, quantiser)
 
 
 def _remote_risks(model: str) -> tuple[tuple[SourceRisk, ...], tuple[str, ...]]:

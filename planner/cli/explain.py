@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--gpus", type=options.machine_spec, metavar="SPEC", help="such as rtx4090, or rtx4090,a100-80g")
     which.add_argument("--machine", type=Path, metavar="FILE", help="machine file (YAML)")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
+    options.add_quantize_arguments(parser.add_argument_group("precision"), auto=False)
     parser.add_argument("--attention", choices=get_args(Attention), default="sdpa")
     parser.add_argument("--batch-size", type=options.count, default=1, metavar="N")
     parser.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")

@@ -30,6 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--objective {arguments.objective}: a module-graph file has seconds per device, so its objective is "
             "throughput"
         )
+    if arguments.maximize or arguments.recommend:
+        asked = f"--maximize {arguments.maximize}" if arguments.maximize else "--recommend"
+        raise ConstraintError(f"{asked}: a module-graph file has one workload, and its machine in it")
     if arguments.gpus is not None or arguments.machine is not None:
         raise ConstraintError("--gpus and --machine go with a model: a module-graph file names its own devices")
     graph = read_module_graph(Path(arguments.model))

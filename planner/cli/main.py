@@ -13,9 +13,11 @@ from planner.errors import PlannerError, SourceError
 COMMANDS = {
     "plan": "place a model's modules on GPUs (the default command)",
     "run": "load a model as planned, and let it answer",
+    "launch": "run a plan with one process per stage, on one host or several",
     "check": "say what a device map will break, where and why, and repair it",
     "explain": "say where a model's bytes are, and what bounds it on a GPU",
     "convert": "turn a folder of pickled weights into safetensors",
+    "measure": "run a plan here, and print what it takes beside what was predicted",
     "machine": "print the GPUs of this machine, or what --gpus means",
     "models": "list the models that are known by name",
 }
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except PlannerError as problem:
-        print(f"plan-devices: {problem}", file=sys.stderr)
+        if not problem.is_reported:
+            print(f"plan-devices: {problem}", file=sys.stderr)
         return problem.exit_code
     except ModuleNotFoundError as problem:
         if problem.name not in TORCH_EXTRA:

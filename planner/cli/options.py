@@ -7,14 +7,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar, get_args
 
 from planner.errors import ConstraintError, MachineError
+from planner.implementation import OURS
 from planner.machine import Machine
 from planner.units import parse_bytes
-from planner.workload import Workload
+from planner.workload import Quantize, Workload
 
 if TYPE_CHECKING:
     from vlm.hub import Hub
@@ -54,6 +56,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="0=20GiB",
         help="cap a device; may be repeated",
     )
+    parser.add_argument("--host-memory", type=size, metavar="SIZE", help="of the host, for weights with --offload")
 
 
 def machine_from(arguments: argparse.Namespace) -> Machine:
@@ -72,6 +75,8 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
     if arguments.devices is not None:
         machine = machine.only(map(machine.position, arguments.devices))
     machine = machine.with_overheads(context_bytes=arguments.context, reserve_bytes=arguments.reserve)
+    if arguments.host_memory is not None:
+        machine = replace(machine, host_memory_bytes=arguments.host_memory)
     limits = [pair for pairs in arguments.max_memory for pair in pairs]
     return machine.limited({machine.position(device): num_bytes for device, num_bytes in limits})
 
@@ -103,10 +108,11 @@ def hub_from(arguments: argparse.Namespace) -> Hub:
     )
 
 
-def model_from(arguments: argparse.Namespace, *, to_load: bool = False) -> Model:
+def model_from(arguments: argparse.Namespace, *, to_load: bool = False, extrapolating: bool = False) -> Model:
     """What MODEL stands for: a folder, a name of the catalogue, or an id on the hub, which wins when it is to load.
 
-    Costs of architectures whose graph is not on file come from the cache, or from a trace.
+    Costs of architectures whose graph is not on file come from the cache, or from a trace; `extrapolating`, of those
+    on file, for any batch and number of images.
     Raises: SourceError and UnsupportedModelError as `find_model` does.
     """
     from vlm.cost_library import CostLibrary
@@ -122,13 +128,28 @@ def model_from(arguments: argparse.Namespace, *, to_load: bool = False) -> Model
         return trace_costs(model, workload)
 
     folder = cache_folder()
-    costs = CostLibrary(folder, trace).find
+    costs = CostLibrary(folder, trace, extrapolating).find
     return find_model(
         arguments.model,
         costs,
         lambda repo_id: hub_from(arguments).checkpoint(repo_id),
         to_load=to_load,
         trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def add_quantize_arguments(parser: argparse._ArgumentGroup, *, auto: bool = True) -> None:
+    """--quantize and --quantize-vision."""
+    parser.add_argument(
+        "--quantize",
+        choices=[name for name in get_args(Quantize) if auto or name != "auto"],
+        default="none",
+        help="hold the decoder layers' weights so; auto: in what loses least of what fits"
+        if auto
+        else "hold the decoder layers' weights so",
+    )
+    parser.add_argument(
+        "--quantize-vision", action="store_true", help="hold the vision path's weights so, too; never the head's"
     )
 
 
@@ -150,6 +171,11 @@ def workload_from(arguments: argparse.Namespace, model: Model) -> Workload:
             max_model_len=getattr(arguments, "max_model_len", None),
             dtype=arguments.dtype,
             attention=arguments.attention,
+            quantize=getattr(arguments, "quantize", "none"),
+            quantize_vision=getattr(arguments, "quantize_vision", False),
+            num_beams=getattr(arguments, "num_beams", 1),
+            implementation=getattr(arguments, "implementation", OURS),
+            replicate_tied=getattr(arguments, "replicate_tied", False),
         )
     except ValueError as problem:
         raise ConstraintError(str(problem)) from problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -16,9 +16,13 @@ from planner.alternatives import alternatives
 from planner.cli import options
 from planner.cli.outputs import check_output, write_output
 from planner.cli.proof import proven
+from planner.cli.sizing import add_sizing_arguments, maximized, recommend
 from planner.constraints import Constraints
 from planner.errors import ConstraintError
+from planner.formats import ENGINES, engine_text
+from planner.graph import ModuleGraph
 from planner.graph_export import module_graph_content
+from planner.implementation import IMPLEMENTATIONS, OURS
 from planner.machine import Machine
 from planner.pages.html_page import plan_page
 from planner.plan import Plan
@@ -26,9 +30,11 @@ from planner.problem import Objective, Problem
 from planner.report import alternatives_table, report
 from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype
-from vlm.planning import plan_of, problem_for
+from vlm.catalogue import lookup
+from vlm.model import Model
+from vlm.planning import decided, plan_of, problem_for
 
-FORMATS = ("yaml", "json", "device-map")
+FORMATS = ("yaml", "json", "device-map", *ENGINES)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -40,40 +46,72 @@ def run(argv: Sequence[str]) -> int:
         from planner.cli import graph_file
 
         return graph_file.run(arguments)
-    model = options.model_from(arguments)
+    model = options.model_from(arguments, extrapolating=bool(arguments.maximize or arguments.recommend))
+    if arguments.recommend:
+        return recommend(arguments, argv, model)
     machine = options.machine_from(arguments)
     console = Console(stderr=True, highlight=False, quiet=arguments.quiet)
-    where = f"from the {model.origin}" if model.origin != "folder" else f"folder ({arguments.model})"
-    console.print(f"{model.name}: {where}", markup=False)
-    constraints = Constraints(
-        pins=_pins(machine, arguments.pin),
-        split_vision=arguments.split_vision,
-        all_devices=arguments.all_devices,
-    )
-    workload = options.workload_from(arguments, model)
+    for line in _origin(arguments, model):
+        console.print(line, markup=False)
+    constraints = _constraints(arguments, machine)
+    asked = maximized(arguments, model, machine, constraints, console) if arguments.maximize else None
+    asked = asked or options.workload_from(arguments, model)
+    workload = decided(model, machine, asked, constraints)
     problem = replace(problem_for(model, machine, workload, constraints), objective=arguments.objective or "balance")
-    if arguments.image_size and model.fixed_image_px:  # asked only now, when the workload's costs are known
-        size = "x".join(map(str, model.fixed_image_px))
-        console.print(f"--image-size changes nothing: {model.name} resizes every picture to {size}", markup=False)
+    if asked.quantize == "auto":
+        vision = " --quantize-vision" if workload.quantize_vision else ""
+        console.print(f"--quantize auto is --quantize {workload.quantize}{vision} here", markup=False)
+    for line in _idle_options(arguments, model, problem):
+        console.print(line, markup=False)
     plan = plan_of(model, problem, workload, constraints, arguments.time_limit)
+    if arguments.offload and plan.offload is None:
+        console.print("--offload changes nothing: everything fits on the GPUs", markup=False)
     if arguments.no_proof:
         plan = replace(plan, proof={"status": "skipped"})
     else:
         plan = proven(model, plan, console, anew=arguments.prove)
-    _write(_rendered(plan, arguments.format), arguments.output)
+    _write_all(plan, problem, arguments)
+    if not arguments.quiet:
+        _explain(plan, problem, model, arguments, console)
+    return 0
+
+
+def _origin(arguments: argparse.Namespace, model: Model) -> Iterator[str]:
+    """Which model was found where."""
+    where = f"from the {model.origin}" if model.origin != "folder" else f"folder ({arguments.model})"
+    yield f"{model.name}: {where}"
+    if model.origin == "catalogue" and (inferred := lookup(model.name).inferred):
+        yield f"Inferred, not published: {inferred}."
+
+
+def _idle_options(arguments: argparse.Namespace, model: Model, problem: Problem) -> Iterator[str]:
+    """Options that were given and change nothing; asked only when the workload's costs are known."""
+    if arguments.replicate_tied and not problem.graph.ties:
+        yield f"--replicate-tied changes nothing: no weight of {model.name} is tied"
+    if arguments.image_size and model.fixed_image_px:
+        size = "x".join(map(str, model.fixed_image_px))
+        yield f"--image-size changes nothing: {model.name} resizes every picture to {size}"
+
+
+def _write_all(plan: Plan, problem: Problem, arguments: argparse.Namespace) -> None:
+    """The plan, and the files that were asked for."""
+    _write(_rendered(plan, problem.graph, arguments), arguments.output)
     if arguments.report is not None:
         write_output(plan_page(plan, problem.graph), arguments.report)
     if arguments.save_graph is not None:
         write_output(_graph_file(problem, split_vision=arguments.split_vision), arguments.save_graph)
+
+
+def _explain(plan: Plan, problem: Problem, model: Model, arguments: argparse.Namespace, console: Console) -> None:
+    """What was planned, what other objectives would give, and what the model was not made for."""
     console.print(report(plan))
-    if not arguments.quiet:
-        console.print(alternatives_table(alternatives(problem, arguments.time_limit), plan.solver.objective))
+    if others := list(alternatives(problem, arguments.time_limit)):
+        console.print(alternatives_table(others, plan.solver.objective))
     longest = model.max_positions
     if longest is not None and plan.quantities.positions > longest:
         console.print(f"{plan.quantities.positions} positions are more than the {longest} the model was made for")
     if arguments.output:
         console.print(f"Plan written to {arguments.output}", markup=False)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,28 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_machine_arguments(parser)
     options.add_hub_arguments(parser)
-    work = parser.add_argument_group("workload")
-    work.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
-    work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
-    work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
-    work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
-    work.add_argument(
-        "--image-size", type=options.image_size, metavar="WxH", help="in pixels (default: the model's own)"
-    )
-    work.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
-    work.add_argument("--new-tokens", type=options.count, default=512, metavar="N", help="to generate (default 512)")
-    work.add_argument(
-        "--max-model-len", type=options.count, metavar="N", help="KV cache length (default: what the request needs)"
-    )
+    _add_workload_arguments(parser)
+    add_sizing_arguments(parser)
     where = parser.add_argument_group("placement")
     where.add_argument("--pin", type=options.pin, action="append", default=[], metavar="MODULE=DEVICE")
     where.add_argument("--split-vision", action="store_true", help="let the vision encoder leave the token embedding")
+    where.add_argument(
+        "--replicate-tied", action="store_true", help="keep a tied weight on each device that reads it, if that helps"
+    )
     where.add_argument(
         "--objective",
         choices=get_args(Objective),
         help="most room on all GPUs (default), shortest answer, most answers per second, or fewest GPUs",
     )
     where.add_argument("--all-devices", action="store_true", help="leave no device empty, whatever that costs")
+    where.add_argument(
+        "--offload", action="store_true", help="leave decoder layers on the host if nothing fits otherwise: slow"
+    )
     where.add_argument(
         "--time-limit", type=options.seconds, metavar="S", help="then take the best placement found, with its gap"
     )
@@ -122,18 +155,68 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    work = parser.add_argument_group("workload")
+    work.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of weights and activations")
+    options.add_quantize_arguments(work)
+    work.add_argument("--attention", choices=get_args(Attention), default="sdpa")
+    work.add_argument("--batch-size", type=options.count, default=1, metavar="N")
+    work.add_argument("--num-images", type=options.count, metavar="N", help="per sequence (default 1 for a VLM)")
+    work.add_argument(
+        "--image-size", type=options.image_size, metavar="WxH", help="in pixels (default: the model's own)"
+    )
+    work.add_argument("--prompt-tokens", type=options.count, default=512, metavar="N", help="text only (default 512)")
+    work.add_argument("--new-tokens", type=options.count, default=512, metavar="N", help="to generate (default 512)")
+    work.add_argument(
+        "--max-model-len", type=options.count, metavar="N", help="KV cache length (default: what the request needs)"
+    )
+    work.add_argument("--num-beams", type=options.count, default=1, metavar="N", help="of beam search (default 1)")
+    work.add_argument(
+        "--implementation",
+        choices=tuple(IMPLEMENTATIONS),
+        default=OURS,
+        help="whose code will run the map: plan for its memory",
+    )
+
+
+def _constraints(arguments: argparse.Namespace, machine: Machine) -> Constraints:
+    return Constraints(
+        pins=_pins(machine, arguments.pin),
+        split_vision=arguments.split_vision,
+        all_devices=arguments.all_devices,
+        offload=arguments.offload,
+    )
+
+
 def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Pins by position on the machine; ConstraintError with all that name no device or contradict each other."""
     pins: dict[str, str] = {}
+    found: dict[str, int] = {}
+    problems = []
     for name, device in asked:
         if pins.setdefault(name, device) != device:
-            raise ConstraintError(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
-    return {name: machine.position(device) for name, device in pins.items()}
+            problems.append(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
+        try:
+            found.setdefault(name, machine.position(device))
+        except ConstraintError as problem:
+            problems.append(f"--pin {name}={device}: {problem}")
+    if problems:
+        raise ConstraintError("\n".join(dict.fromkeys(problems)))
+    return found
 
 
-def _rendered(plan: Plan, form: str) -> str:
+def _rendered(plan: Plan, graph: ModuleGraph, arguments: argparse.Namespace) -> str:
+    form: str = arguments.format
+    if form in ENGINES:
+        return engine_text(form, plan, graph, arguments.model)
     if form == "json":
         return json.dumps(plan.to_dict(), indent=2) + "\n"
     if form == "device-map":
+        for copies in plan.tied_copies:
+            raise ConstraintError(
+                f"--format device-map: transformers ties {' and '.join(copies.groups)} again when it loads, on one "
+                "device. Load this plan with load_sharded, or plan without --replicate-tied"
+            )
         try:
             return dump_mapping(plan.device_map)
         except ValueError as problem:

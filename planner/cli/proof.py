@@ -10,7 +10,7 @@ from planner.cli import options
 from planner.errors import ConstraintError, UnsupportedModelError
 from planner.plan import Plan
 from vlm.model import Model
-from vlm.proofs import keep_proof, kept_proof
+from vlm.proofs import keep_proof, kept_proof, with_weights_named
 
 
 def proven(model: Model, plan: Plan, console: Console, *, anew: bool = False) -> Plan:
@@ -23,7 +23,7 @@ def proven(model: Model, plan: Plan, console: Console, *, anew: bool = False) ->
     if not anew:
         kept = dict(plan.proof) if plan.proof["status"] == "proven" else kept_proof(folder, plan)
         if kept:
-            return replace(plan, proof=kept)
+            return with_weights_named(replace(plan, proof=kept))
     try:
         plan = _run(model, plan)
     except UnsupportedModelError as problem:
@@ -32,7 +32,7 @@ def proven(model: Model, plan: Plan, console: Console, *, anew: bool = False) ->
         console.print(f"Unproven: {problem}", markup=False)
         return plan
     keep_proof(folder, plan)
-    return plan
+    return with_weights_named(plan)
 
 
 def _run(model: Model, plan: Plan) -> Plan:

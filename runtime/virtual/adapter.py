@@ -14,10 +14,13 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+from torch.utils import _python_dispatch
 
 DEVICE_TYPE = "vgpu"
 Op = torch._ops.OpOverload
 Kernel = Callable[..., Any]
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+"""For those that watch every operation, whatever the device."""
 
 _KEY = "PrivateUse1"
 # Torch's name for the key while nobody has claimed it.

@@ -91,6 +91,8 @@ def _refuse_while_in_use(ledger: MemoryLedger) -> None:
     if any(_alive_bytes(ledger)):
         # A model under accelerate's hooks refers to itself: only the collector ends its life.
         gc.collect()
+        for let_go in PROCESS.caches.values():
+            let_go()
     alive = _alive_bytes(ledger)
     if any(alive):
         held = ", ".join(

@@ -4,7 +4,7 @@ It only remembers; `devices.py` decides when the set may change.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,13 +34,15 @@ class Process:
     """What kernels ask for: the ledger of the current devices, and who watches them.
 
     `shape_only`: where tensors without bytes pretend to lie, None while every tensor has bytes. `decisions`: how often
-    a value that nobody knows was decided by a rule.
+    a value that nobody knows was decided by a rule. `caches`: by library, what lets go of tensors that it keeps on
+    devices for as long as the process lives.
     """
 
     ledger: MemoryLedger = field(default_factory=lambda: MemoryLedger(()))
     observer: Observer | None = None
     shape_only: AddressRange | None = None
     decisions: Counter[Decision] = field(default_factory=Counter)
+    caches: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def checked_index(self, device: torch.device) -> int:
         """The index that `device` names, 0 when it names none.

@@ -13,7 +13,7 @@ import yaml
 
 from planner.machine import Machine
 from planner.plan import Plan
-from vlm.catalogue import catalogue_names
+from vlm.catalogue import catalogue_names, unavailable_names
 
 ROOT = Path(__file__).parents[2]
 MODEL = "internlm-xcomposer2-vl-7b"
@@ -149,9 +149,24 @@ def test_without_arguments_the_usage_is_an_error_on_stderr() -> None:
 
 def test_models_lists_every_name_with_its_size() -> None:
     lines = run("models").stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(catalogue_names())
+    assert [line.split()[0] for line in lines[1:]] == [*catalogue_names(), *unavailable_names()]
     (line,) = [line for line in lines if line.startswith(f"{MODEL} ")]
     assert line.split()[1:] == ["8,666,840,064", "16.14", "GiB", "float16", "InternLMXComposer2ForCausalLM"]
+    (inferred,) = [line for line in lines if line.endswith(" (partly inferred)")]
+    assert inferred.startswith("internlm-104b ")
+    assert lines[-2].startswith("internlm-123b ") and "no public configuration" in lines[-2]
+
+
+def test_a_model_without_a_public_configuration_is_refused_with_that_reason() -> None:
+    assert said("internlm-123b", "--gpus", "2x24GiB", code=3) == (
+        "plan-devices: 'internlm-123b' cannot be planned by its name: no public configuration: neither its weights nor "
+        "its sizes were published"
+    )
+
+
+def test_a_plan_of_inferred_sizes_says_which_those_are() -> None:
+    done = run("internlm-104b", "--gpus", "8x80GiB", "--no-proof", "--format", "device-map")
+    assert "Inferred, not published: the feed-forward's width" in done.stderr
 
 
 @pytest.mark.parametrize("spec", ["2x24GiB", "rtx4090,a100-80g", "a=2x24GiB/b=8GiB"])
@@ -181,7 +196,7 @@ def test_every_example_machine_holds_the_model(path: Path) -> None:
 def test_a_model_that_does_not_fit_exits_1_with_the_shortfall_and_advice() -> None:
     text = said(MODEL, "--gpus", "2x6GiB", code=1)
     assert f"{MODEL} in float16 does not fit: " in text and "cuda:0 is short by " in text
-    assert "Would fit: 2 more devices of 6GiB." in text
+    assert "Would fit: " in text and "--gpus 4x6GiB (2 more devices of 6GiB)" in text
 
 
 BAD_ARGUMENTS = {

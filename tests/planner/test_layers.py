@@ -23,6 +23,7 @@ ALLOWED_PLACES = {
     "yaml": {"planner/textfile.py"},
     "rich": {
         *("planner/report.py", "planner/pages/terminal.py", "planner/pages/explanation.py"),
+        *("planner/pages/sizing.py", "planner/pages/measured.py"),
         *("planner/cli", "runtime/progress.py"),
     },
     "pynvml": {"runtime/probe.py"},
@@ -33,6 +34,7 @@ ALLOWED_PLACES = {
 TORCH_FREE_VLM = (
     *("vlm", "vlm.model", "vlm.planning", "vlm.checkpoint", "vlm.catalogue", "vlm.internlm_xcomposer2"),
     *("vlm.internlm_xcomposer2.facts", "vlm.internlm_xcomposer2.graph", "vlm.explaining"),
+    *("vlm.largest", "vlm.recommending"),
 )
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from planner.assembly import make_plan
 from planner.constraints import Constraints
 from planner.errors import ConstraintError, PlanMismatchError, SourceError
 from planner.graph import INPUTS, Flow, ModuleGraph, ModuleGroup
 from planner.machine import Device, Machine
 from planner.memory import WORKSPACE_BYTES, MemoryBreakdown
 from planner.paths import contains
-from planner.plan import FORMAT, Boundary, ModelSummary, Plan, Stage, make_plan
+from planner.plan import FORMAT, Boundary, ModelSummary, Plan, Stage
 from planner.polynomial import Quantities, constant, variable
 from planner.problem import PlacedStage, Problem, Solution
 from planner.textfile import dump_mapping

@@ -23,7 +23,7 @@ PREFILL, DECODE = 0, 1
 """Steps of a trace."""
 CLOSE = 0.05
 READS_CLOSE = 0.10
-"""A trace counts no operands of a concatenation, and the whole output where low-rank rows are added to a part of it."""
+"""A trace counts the whole output where low-rank rows are added to a part of it, and joined halves of a rotation."""
 
 
 @pytest.fixture(autouse=True)

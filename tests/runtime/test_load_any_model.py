@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from planner import Machine, MachineError, Plan, PlanMismatchError, SourceError, UnsupportedModelError, Workload
+from planner import Machine, MachineError, Plan, PlanMismatchError, SourceError, Workload
 from planner.memory import MemoryBreakdown
 from runtime import inspect_placement, load_sharded, place_inputs
 from runtime.planning import plan_model
@@ -189,12 +189,16 @@ def test_a_config_without_weights_is_refused(llava: Any, tmp_path: Path) -> None
         load_sharded(tmp_path, llava[2], devices="cpu")
 
 
-def test_a_quantised_checkpoint_is_refused(llava: Any, llava_folder: Path, tmp_path: Path) -> None:
+def test_a_config_of_quantised_weights_beside_plain_ones_is_refused(
+    llava: Any, llava_folder: Path, tmp_path: Path
+) -> None:
     folder = copied(llava_folder, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(UnsupportedModelError, match=r"is quantised \(fp8\), which is not loaded here"):
+    with pytest.raises(PlanMismatchError, match="the plan is for plain weights, and the checkpoint's are quantised"):
         load_sharded(folder, llava[2], devices="cpu")
+    with pytest.raises(SourceError, match=r"quantised by fp8, and none of its weights is: .* is of F8_E4M3"):
+        load_sharded(folder, machine=Machine.parse("8GiB"), devices="cpu")
 
 
 # -- faults

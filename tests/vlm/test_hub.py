@@ -199,6 +199,23 @@ def test_pickles_whose_headers_decide_are_to_be_converted(server: HubState, hub:
         find_model("somebody/pickled", fetch=hub.checkpoint)
 
 
+def test_a_header_whose_bytes_are_not_those_of_its_shape_is_refused_from_the_hub_and_from_a_folder(
+    server: HubState, hub: Hub, tmp_path: Path
+) -> None:
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    header = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    server.repos["somebody/wrong"] = folder
+    with pytest.raises(
+        SourceError, match=r"w of \[4\] in F32 is 16 bytes, and its header gives it 8: the file is damaged"
+    ):
+        hub.checkpoint("somebody/wrong")
+    with pytest.raises(SourceError, match="is not a whole safetensors file"):
+        read_checkpoint(folder)
+
+
 def test_the_weights_are_wanted_from_the_hub_though_the_catalogue_knows_the_name(server: HubState, hub: Hub) -> None:
     with pytest.raises(SourceError, match="there is no internlm/internlm2-7b on the hub"):
         find_model("internlm/internlm2-7b", fetch=hub.checkpoint, to_load=True)

@@ -46,5 +46,5 @@ def test_a_vision_path_that_fits_no_device_may_be_split() -> None:
     model, machine = find_model(MODEL), Machine.parse("64x2GiB")
     with pytest.raises(InfeasibleError) as refusal:
         plan_for(model, machine)
-    assert refusal.value.advice == ("--split-vision",)
+    assert "--split-vision" in refusal.value.advice
     assert plan_for(model, machine, constraints=Constraints(split_vision=True))

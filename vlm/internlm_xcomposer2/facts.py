@@ -5,11 +5,13 @@ Torch-free: planning reads only this. The modelling code is checked against it, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import SourceError
+from planner.graph import Linear
 
 Shape = tuple[int, ...]
 
@@ -145,6 +147,21 @@ def _vision_shapes(vision: VisionFacts) -> dict[str, Shape]:
         shapes |= _linear(f"{layer}.mlp.fc2", vision.intermediate_size, width, bias=True)
         shapes |= _layer_norm(f"{layer}.layer_norm2", width)
     return shapes | _layer_norm(f"{VISION}.post_layernorm", width)
+
+
+def linears_by_group(shapes: Mapping[str, Shape]) -> dict[str, list[Linear]]:
+    """The matrices of linear layers by the module that is placed: an element of a list, or a top module.
+
+    Left out are the embeddings, and the low-rank parts, which stay as they are when their layer is quantised.
+    """
+    found: dict[str, list[Linear]] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and not module.endswith(("embedding", "tok_embeddings", "Plora_A", "Plora_B")):
+            placed = re.match(r".*?\.layers\.\d+|\w+", module)
+            assert placed is not None
+            found.setdefault(placed[0], []).append(Linear(module, *shape))
+    return found
 
 
 def _linear(name: str, fan_in: int, fan_out: int, *, bias: bool) -> dict[str, Shape]:

@@ -16,7 +16,7 @@ from planner.graph import INPUTS, Flow, Fusion, ModuleGraph, ModuleGroup, Phase,
 from planner.paths import contains
 from planner.polynomial import Polynomial, constant, variable
 from planner.workload import ITEMSIZE
-from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts, Shape, VisionFacts
+from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts, Shape, VisionFacts, linears_by_group
 
 BATCH = variable("batch")
 IMAGES = BATCH * variable("images")
@@ -83,6 +83,7 @@ class _Builder:
         self._itemsize = precision.itemsize
         self._shapes = facts.tensor_shapes()
         self._parameters = _parameters_by_module(self._shapes)
+        self._linears = linears_by_group(self._shapes)
 
     def vision_groups(self) -> Iterator[ModuleGroup]:
         vision = self._facts.vision
@@ -230,7 +231,7 @@ class _Builder:
         )
 
     def _layer_reads(self, tokens: Polynomial, context: Polynomial, image_tokens: Polynomial) -> Polynomial:
-        """Weights; every operand of the forward at its width; the cache, by attention and where it is grown.
+        """Weights; every operand of the forward at its width; the cache, by attention and, twice, where it is grown.
 
         Per position: inputs of the five linears; of the rotation 5.5 times queries and keys; queries twice; residuals;
         gate and product. At image positions the low-rank half reads each linear's input twice and its output twice.
@@ -241,7 +242,7 @@ class _Builder:
         dense, lora = self._layer_parameters()
         states = (31 * width + 11 * kv_width) // 2 + 4 * inner
         read = dense * itemsize + tokens * (states * itemsize + 2 * self._norm_reads)
-        read += BATCH * context * (4 * kv_width * ITEMSIZE[self._precision.kv_dtype])
+        read += BATCH * context * (6 * kv_width * ITEMSIZE[self._precision.kv_dtype])
         if lora:
             low_rank = 2 * (4 * width + inner) + 2 * (3 * width + 2 * kv_width + 2 * inner) + 5 * facts.plora_rank
             read += image_tokens * (low_rank * itemsize)
@@ -279,6 +280,7 @@ class _Builder:
             module_list=module_list if index.isdigit() else None,
             num_parameters=parameters,
             weight_bytes=parameters * self._itemsize,
+            linears=tuple(linear for module in modules for linear in self._linears.get(module, ())),
             **costs,  # type: ignore[arg-type]
         )
 

@@ -8,13 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from planner.beams import with_beams
 from planner.errors import ConstraintError, SourceError
 from planner.graph import ModuleGraph
 from planner.polynomial import Quantities
 from planner.workload import Workload
 from vlm.checkpoint import Checkpoint
+from vlm.held import held_graph
 from vlm.internlm_xcomposer2.facts import VISION, InternLM2Facts
-from vlm.internlm_xcomposer2.graph import Precision, build_graph
+from vlm.internlm_xcomposer2.graph import FLOAT32, Precision, build_graph
+from vlm.stored_layouts import quantization_config
 
 ARCHITECTURES = ("InternLMXComposer2ForCausalLM", "InternLM2ForCausalLM")
 
@@ -83,7 +86,7 @@ class InternLM2Model:
         if kv_dtype != dtype:
             raise ConstraintError(
                 f"kv_dtype {kv_dtype} with dtype {dtype}: the cache keeps keys and values in the model's dtype. "
-                "Leave kv_dtype at auto."
+                "Leave kv_dtype at auto; transformers' QuantizedCache, of 2 or 4 bits, is not planned."
             )
         return replace(workload, dtype=dtype, kv_dtype=kv_dtype, num_images=images, max_model_len=length)
 
@@ -91,7 +94,7 @@ class InternLM2Model:
         """The counts of a resolved workload."""
         vision = self.facts.vision
         return Quantities(
-            batch=workload.batch_size,
+            batch=workload.num_sequences,
             images=workload.num_images,
             patches=workload.num_images * vision.sequence_length if vision else 0,
             text_tokens=workload.prompt_tokens,
@@ -107,7 +110,11 @@ class InternLM2Model:
             padded=workload.batch_size > 1,
             eager=workload.attention == "eager",
         )
-        return build_graph(self.name, self.facts, precision)
+        graph = build_graph(self.name, self.facts, precision)
+        # Two of the three tables of a beam's scores are those that `generate` makes of any sequence.
+        if workload.num_beams > 1:
+            graph = with_beams(graph, self.facts.vocab_size * FLOAT32)
+        return held_graph(graph, workload, self.config, self.checkpoint)
 
     @property
     def _image_tokens(self) -> int:
@@ -127,7 +134,8 @@ def from_checkpoint(checkpoint: Checkpoint, architecture: str) -> InternLM2Model
     """
     config = {**checkpoint.config, "architectures": [architecture]}
     facts = InternLM2Facts.from_config(config, str(checkpoint.folder / "config.json"))
-    _compare_headers(checkpoint, facts)
+    if quantization_config(config) is None:  # else names and shapes are the method's, and compared with its codes
+        _compare_headers(checkpoint, facts)
     stored = checkpoint.dtype
     return InternLM2Model(
         name=checkpoint.folder.resolve().name,
