@@ -12,6 +12,7 @@ from planner.explanation import DecoderFacts, Explanation, Picture, layer_split,
 from planner.machine import Device
 from planner.phase_bounds import device_bounds
 from planner.workload import Workload
+from vlm.config_counts import SPELLINGS, count_in, language_config
 from vlm.internlm_xcomposer2.facts import CLIP_LARGE
 from vlm.internlm_xcomposer2_hd import facts as tiled
 from vlm.internlm_xcomposer2_hd.tiling import Tiling
@@ -33,21 +34,6 @@ likes, or (Mistral 3) rows that round up and end in a token of their own.
 
 Source: transformers 5.23, processing_ and image_processing_ files of these models.
 """
-
-_LANGUAGE_CONFIGS = ("text_config", "language_config", "llm_config")
-_KEYS = {
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "num_heads": ("num_attention_heads", "n_head"),
-    "num_kv_heads": ("num_key_value_heads", "multi_query_group_num"),
-    "head_dim": ("head_dim", "kv_channels"),
-    "ffn_width": ("intermediate_size", "ffn_hidden_size", "n_inner"),
-    "expert_width": ("moe_intermediate_size",),
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "num_active_experts": ("num_experts_per_tok",),
-    "num_shared_experts": ("n_shared_experts",),
-}
-"""Spellings of one count: transformers', ChatGLM's and GPT-2's."""
 
 
 def explain(model: Model, workload: Workload, devices: Iterable[Device] = ()) -> Explanation:
@@ -86,8 +72,8 @@ def decoder_facts(config: Mapping[str, Any]) -> DecoderFacts | None:
     None too where a layer caches one latent per position, and no keys and values by head.
     Source of Qwen's rule: its `intermediate_size` counts gate and up together (QwenLM/Qwen, modeling_qwen.py).
     """
-    language = next((config[name] for name in _LANGUAGE_CONFIGS if isinstance(config.get(name), Mapping)), config)
-    counts = {name: _count(language, spellings) for name, spellings in _KEYS.items()}
+    language = language_config(config)
+    counts = {name: count_in(language, name) for name in SPELLINGS}
     hidden, layers, heads = counts["hidden_size"], counts["num_layers"], counts["num_heads"]
     if hidden is None or layers is None or heads is None or "kv_lora_rank" in language:
         return None
@@ -109,11 +95,6 @@ def decoder_facts(config: Mapping[str, Any]) -> DecoderFacts | None:
         num_experts=(experts or 1) + shared,
         num_active_experts=(active or 1) + shared,
     )
-
-
-def _count(config: Mapping[str, Any], spellings: Iterable[str]) -> int | None:
-    values = (config.get(name) for name in spellings)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def _resized_px(model: Model) -> tuple[int, int] | None:

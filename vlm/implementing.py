@@ -8,9 +8,9 @@ from planner.errors import ConstraintError
 from planner.graph import ModuleGraph
 from planner.implementation import IMPLEMENTATIONS, OURS, Sizes, as_implemented
 from planner.workload import ITEMSIZE, Workload
+from vlm.config_counts import vocab_size_of
 from vlm.explaining import decoder_facts
 from vlm.model import Model
-from vlm.vocabulary import vocab_size_of
 
 
 def graph_as_run(model: Model, workload: Workload) -> ModuleGraph:

@@ -18,9 +18,9 @@ from planner.graph import ModuleGraph
 from planner.polynomial import Quantities
 from planner.workload import ITEMSIZE, Workload
 from vlm.checkpoint import Checkpoint
+from vlm.config_counts import vocab_size_of
 from vlm.families import FAMILIES
 from vlm.held import held_graph
-from vlm.vocabulary import vocab_size_of
 
 VOLATILE_KEYS = (
     "_name_or_path",

@@ -13,9 +13,11 @@ from typing import Any
 
 from planner.errors import UnsupportedModelError
 from vlm.by_names.parts import Part, Shape
+from vlm.config_counts import count_in, language_config
 
-_LANGUAGE = ("text_config", "llm_config", "language_config")
 _VISION = ("vision_config", "vision_cfg", "visual", "vit_config")
+HEAD_DIM = 128
+"""Of attention heads where the config does not count them: most language models' from 7 billion parameters on."""
 _POSITIONS = ("num_image_token", "mm_tokens_per_image", "image_seq_length", "num_query_tokens", "query_num")
 _KEY = re.compile(r"(^|\.)(k_proj|key|wk|k)\.weight$")
 _FUSED = re.compile(r"(^|\.)(qkv_proj|qkv|wqkv|query_key_value|c_attn|W_pack)\.weight$")
@@ -72,7 +74,7 @@ def facts_of(config: Mapping[str, Any], parts: tuple[Part, ...]) -> Facts:
 
     Raises: UnsupportedModelError when the token embedding is no table.
     """
-    language = _level(config, _LANGUAGE)
+    language = language_config(config)
     tables = [shape for part in parts if part.role == "embedding" for shape in part.shapes.values() if len(shape) == 2]
     if not tables:
         raise UnsupportedModelError("its token embedding is no table of vectors")
@@ -82,9 +84,9 @@ def facts_of(config: Mapping[str, Any], parts: tuple[Part, ...]) -> Facts:
     return Facts(
         hidden_size=hidden_size,
         vocab_size=vocab_size,
-        num_heads=_count(language, "num_attention_heads", "n_head") or max(1, hidden_size // 128),
-        num_active_experts=_count(language, "num_experts_per_tok", "moe_top_k"),
-        max_positions=_count(language, "max_position_embeddings", "seq_length", "n_positions"),
+        num_heads=count_in(language, "num_heads") or max(1, hidden_size // HEAD_DIM),
+        num_active_experts=count_in(language, "num_active_experts"),
+        max_positions=count_in(language, "max_positions"),
         picture=picture,
         config=language,
         assumptions=tuple(_assumptions(picture, has_vision)),
@@ -107,7 +109,7 @@ def _assumptions(picture: Picture | None, has_vision: bool) -> Iterator[str]:
 
 
 def _picture(config: Mapping[str, Any]) -> Picture | None:
-    vision = _level(config, _VISION)
+    vision = next((config[name] for name in _VISION if isinstance(config.get(name), Mapping)), config)
     side, patch = _count(vision, "image_size", "img_size"), _count(vision, "patch_size")
     side = _count(config, "force_image_size") or side
     if not side or not patch:
@@ -119,11 +121,6 @@ def _picture(config: Mapping[str, Any]) -> Picture | None:
         kept = ratio**2 if isinstance(ratio, int | float) and 0 < ratio <= 1 else 1 / (merge or 1) ** 2
         positions = round(patches * kept)
     return Picture(side_px=side, patches=patches + 1, positions=positions)
-
-
-def _level(config: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
-    """The part of a config under one of these names, or the whole."""
-    return next((config[name] for name in names if isinstance(config.get(name), Mapping)), config)
 
 
 def _count(config: Mapping[str, Any], *names: str) -> int | None:
