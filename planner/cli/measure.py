@@ -57,7 +57,11 @@ def run(argv: Sequence[str]) -> int:
         json.dump(_plain(found), sys.stdout, indent=2)
         print()
         return 0
-    Console(highlight=False).print(measured_page(found.rows, _where(found, arguments.profile)))
+    console = Console(highlight=False)
+    console.print(measured_page(found.rows, (found.ran, *found.notes)))
+    if arguments.profile is not None and found.profile is not None:
+        written = f"\nProfile written. To plan with it: --machine {arguments.profile}"
+        console.print(written, soft_wrap=True, markup=False)
     return 0
 
 
@@ -119,14 +123,6 @@ def host_machine() -> Machine:
     from runtime.meters import host_free_bytes
 
     return Machine(devices=(Device(index=0, kind="cpu", memory_bytes=host_free_bytes(), context_bytes=0),))
-
-
-def _where(found: Findings, profile: Path | None) -> list[str]:
-    """What ran where, in sentences."""
-    lines = [found.ran, *found.notes]
-    if profile is not None:
-        lines.append(f"Profile written to {profile}: plan with --machine {profile}")
-    return lines
 
 
 def _plain(found: Findings) -> Mapping[str, Any]:
