@@ -47,10 +47,13 @@ ROUNDING_BYTES = 512 * 256
 TEXTS = (16, 1024, 4096)
 IMAGES = (1, 2, 3)
 SIZES = (None, (896, 672), (1344, 896))
+TILED_SIZES = (None, (1120, 560), (2240, 3360))
+"""From one tile to the 24 of XComposer2.5; 4KHD makes 18 of the second and 24 or 25 of the others."""
 MOST_PATCHES = 8192
 """Of a picture of which several are traced: how many positions they take is asked of a small twin, on real values."""
 HELD_OUT_TEXTS = (300, 2900)
 HELD_OUT_SIZE = (1120, 560)
+TILED_HELD_OUT_SIZE = (1344, 896)
 BATCHES = {1: (1,), 2: (2, 4)}
 """Batches traced for a single sequence and for an uneven batch; the latter is checked at 3."""
 DEVICE = Machine.parse("10000GiB").devices[0]
@@ -63,6 +66,7 @@ class Axes:
     texts: Sequence[Sequence[int]] = (TEXTS,)
     images: Sequence[int] = (1,)
     sizes: Sequence[tuple[int, int] | None] = (None,)
+    held_out_size: tuple[int, int] | None = None
 
     def workloads(self, base: Workload, batches: Sequence[int]) -> list[Workload]:
         """The fewest that determine polynomials of degree 2, a corner of the grid in every batch, and its far end."""
@@ -87,11 +91,10 @@ class Axes:
 
     def held_out(self, base: Workload, batches: Sequence[int]) -> list[Workload]:
         """Two workloads that the costs were not fitted to."""
-        size = HELD_OUT_SIZE if len(self.sizes) > 1 else None
         batch = sum(batches) // len(batches)
         images = (self.images[-1], self.images[0]) if base.num_images else (0, 0)
         return [
-            replace(base, batch_size=batch, prompt_tokens=text, num_images=count, image_size=size)
+            replace(base, batch_size=batch, prompt_tokens=text, num_images=count, image_size=self.held_out_size)
             for text, count in zip(HELD_OUT_TEXTS, images, strict=True)
         ]
 
@@ -145,12 +148,15 @@ def _axes(base: Workload, pictures: Pictures, window: int | None) -> Iterator[Ax
         longest = max(TEXTS[-1], window + window // 4)
         texts = ((TEXTS[0], bend // 2, bend), (window, (window + longest) // 2, longest))
     several = base.num_images and pictures.patches <= MOST_PATCHES
+    is_tiled = "image_tiles" in pictures.pixels
+    sizes = TILED_SIZES if is_tiled else SIZES
+    held_out = TILED_HELD_OUT_SIZE if is_tiled else HELD_OUT_SIZE
     if several and pictures.any_size:
-        yield Axes(texts=texts, images=IMAGES, sizes=SIZES)
+        yield Axes(texts=texts, images=IMAGES, sizes=sizes, held_out_size=held_out)
     if several:
         yield Axes(texts=texts, images=IMAGES)
     if pictures.any_size and base.num_images:
-        yield Axes(texts=texts, sizes=SIZES)
+        yield Axes(texts=texts, sizes=sizes, held_out_size=held_out)
     yield Axes(texts=texts)
 
 
@@ -167,7 +173,7 @@ def checked(costs: TracedCosts, skeleton: PreTrainedModel, workloads: Sequence[W
     for workload in workloads:
         sample = sample_at(skeleton, costs.graph.name, workload)
         fresh = _without_moments(fit([sample]))
-        rule = costs.image.counts(workload.image_size) if costs.image else (0, 0)
+        rule = costs.image.counts(workload.image_size, workload.num_images) if costs.image else (0, 0)
         expected = (sample.quantities.patches, sample.quantities.image_tokens)
         if rule is None or tuple(workload.num_images * count for count in rule) != expected:
             raise Misfit(f"images amount to {expected}, the rule says {rule} each")

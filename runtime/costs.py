@@ -19,9 +19,11 @@ from runtime.ties import ties_apart
 from runtime.trace import Trace, trace_model
 from runtime.traced_graph import sample_of
 from vlm.image_formats import levels
+from vlm.image_rule import ImageRule
 from vlm.inputs import Pictures
+from vlm.internlm_xcomposer2_hd.tiling import Tiling
 from vlm.skeleton import build_skeleton
-from vlm.traced import ImageRule, TracedCosts, TracedModel, traced_tokens
+from vlm.traced import TracedCosts, TracedModel, traced_tokens
 from vlm.versions import installed_versions
 
 NUM_DECODE_STEPS = 2
@@ -122,6 +124,9 @@ def _quantities(workload: Workload, pictures: Pictures) -> Quantities:
 def _image_rule(workloads: Sequence[Workload], pictures: Sequence[Pictures]) -> ImageRule:
     """What one image amounts to; per cell when pictures of several sizes agree on it."""
     first = pictures[0].request
+    tiling = getattr(first.config, "tiling", None)
+    if isinstance(tiling, Tiling):
+        return _tile_rule(tiling, workloads[0].image_size or (first.width, first.height))
     patches = [-(-one.patches // w.num_images) for w, one in zip(workloads, pictures, strict=True)]
     tokens = [-(-one.image_tokens // w.num_images) for w, one in zip(workloads, pictures, strict=True)]
     cells = [one.request.height * one.request.width // first.step_px**2 for one in pictures]
@@ -136,4 +141,16 @@ def _image_rule(workloads: Sequence[Workload], pictures: Sequence[Pictures]) -> 
         cell_px=first.step_px if by_cell else None,
         patches=patches[0] // cells[0] if by_cell else patches[0],
         tokens=tokens[0] // cells[0] if by_cell else tokens[0],
+    )
+
+
+def _tile_rule(tiling: Tiling, native_px: tuple[int, int]) -> ImageRule:
+    """What one tile amounts to."""
+    return ImageRule(
+        native_px=native_px,
+        any_size=True,
+        cell_px=None,
+        patches=tiling.patches_per_tile,
+        tokens=tiling.positions_per_tile,
+        tiling=tiling,
     )

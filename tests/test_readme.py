@@ -40,6 +40,12 @@ def test_the_sweeps_count_is_the_tables() -> None:
     assert f"{clean} of the {total} image-text-to-text" in " ".join(readme.split())
 
 
+def test_the_count_of_models_is_the_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    count = re.findall(r"^(\d+) models", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert f"{count} models are known by name" in " ".join(readme.split())
+
+
 def test_what_is_said_of_pictures_is_what_transformers_tables_say() -> None:
     command = [sys.executable, "-c", "from benchmarks.pictures import page; print(page(), end='')"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})

@@ -20,7 +20,9 @@ from planner.errors import NoClassError, UnsupportedModelError
 from planner.textfile import write_atomically
 from planner.workload import ITEMSIZE, Workload
 from vlm.by_names.costs import costs_by_names
-from vlm.traced import ImageRule, TracedCosts, TracedModel, Tracer, costs_key
+from vlm.image_rule import ImageRule
+from vlm.internlm_xcomposer2_hd.tiling import Tiling
+from vlm.traced import TracedCosts, TracedModel, Tracer, costs_key
 from vlm.versions import installed_versions
 
 FORMAT = "plan-devices-costs/1"
@@ -104,11 +106,17 @@ def _costs_from(content: Mapping[str, Any]) -> TracedCosts:
     image = content["image"]
     return TracedCosts(
         graph=graph_from_dict(content["graph"]),
-        image=image and ImageRule(**{**image, "native_px": tuple(image["native_px"])}),
+        image=image and _rule_from(image),
         fingerprint=content["fingerprint"],
         max_positions=content["max_positions"],
         versions=content["versions"],
     )
+
+
+def _rule_from(content: Mapping[str, Any]) -> ImageRule:
+    tiling = content.get("tiling")
+    typed = {"native_px": tuple(content["native_px"]), "tiling": tiling and Tiling(**tiling)}
+    return ImageRule(**{**content, **typed})
 
 
 def variant(workload: Workload) -> str:
@@ -142,7 +150,7 @@ def write_shipped(stem: str, costs: Mapping[str, TracedCosts]) -> None:
 def _shipped_costs(model: TracedModel, workload: Workload) -> TracedCosts | None:
     """Costs that ship for a catalogue entry and this kind of workload and size of picture."""
     costs = _shipped(model.catalogue_stem).get(variant(workload)) if model.catalogue_stem else None
-    if costs is None or (costs.image and costs.image.counts(workload.image_size) is None):
+    if costs is None or (costs.image and costs.image.counts(workload.image_size, workload.num_images) is None):
         return None
     return costs
 

@@ -13,9 +13,6 @@ from planner.machine import Device
 from planner.phase_bounds import device_bounds
 from planner.workload import Workload
 from vlm.config_counts import SPELLINGS, count_in, language_config
-from vlm.internlm_xcomposer2.facts import CLIP_LARGE
-from vlm.internlm_xcomposer2_hd import facts as tiled
-from vlm.internlm_xcomposer2_hd.tiling import Tiling
 from vlm.model import Model
 from vlm.traced import TracedModel
 
@@ -120,24 +117,8 @@ def image_tokens(model: Model, size_px: tuple[int, int]) -> int | None:
     """Positions of one picture of this width and height; None where only a trace or the processor can tell."""
     if model.architecture in PROCESSOR_DECIDES:
         return None
-    if model.architecture == tiled.ARCHITECTURE:
-        tiling = tiling_of(model.config)
-        return tiling.num_positions(*tiling.grid(*size_px))
     if not isinstance(model, TracedModel):
         return model.quantities(model.resolved(Workload(image_size=size_px))).image_tokens
     rule = model.find_costs(model, model.resolved(Workload())).image
     counts = rule.counts(size_px) if rule else None
     return counts[1] if counts else None
-
-
-def tiling_of(config: Mapping[str, Any]) -> Tiling:
-    """How a tiled XComposer2 of this (completed) config cuts pictures."""
-    side_px = config["img_size"]
-    return Tiling(
-        tile_px=side_px,
-        positions_per_side=side_px // CLIP_LARGE["patch_size"] // 2,
-        max_tiles=config["hd_num"],
-        max_tiles_of_several=config["hd_num_several"],
-        upscales=config.get("hd_upscale", False),
-        centred=config.get("hd_padding") == "both",
-    )

@@ -322,9 +322,10 @@ def _format(*names: str, layouts: Callable[[ImageRequest], Iterator[Pixels]], an
 
 
 TILES = _format("image_sizes", layouts=_tiles, any_size=True)
+GRID_OF_TILES = _format("image_tiles", layouts=_grid_of_tiles, any_size=True)
 SIZED_IMAGES = _format("image_sizes", layouts=_sized_images, any_size=True)
 FORMATS = (
-    _format("image_tiles", layouts=_grid_of_tiles, any_size=True),
+    GRID_OF_TILES,
     _format("image_grid_thw", layouts=_packed_patches, any_size=True),
     _format("image_grid_hw", layouts=_packed_flat_patches, any_size=True),
     _format("spatial_shapes", layouts=_padded_patches, any_size=True),
@@ -359,5 +360,5 @@ def fitted_size(request: ImageRequest, asked: int | tuple[int, int] | None = Non
     if native is not None and not form.any_size:
         return as_pair(native)
     height, width = as_pair(asked or native or DEFAULT_SIDE_PX)
-    step = 1 if form is TILES else request.step_px
+    step = 1 if form in (TILES, GRID_OF_TILES) else request.step_px
     return max(step, round(height / step) * step), max(step, round(width / step) * step)

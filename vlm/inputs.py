@@ -117,16 +117,16 @@ def example_pictures(
     Raises: UnsupportedModelError when the vision path takes none of the known layouts.
     """
     config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
-    probe = _probe(model_or_config)
-    request = _request(config, probe, batch_size, num_images, torch.Generator().manual_seed(seed))
+    shown = _probe(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    request = _request(config, shown, batch_size, num_images, torch.Generator().manual_seed(seed))
     _check_num_images(request)
     height, width = fitted_size(request, image_size)
     request = replace(request, height=height, width=width)
     if not num_images:
         return Pictures(request=request, pixels={}, image_tokens=0)
     one_sample = replace(request, batch_size=1)
-    answer = _answer_without_values(model_or_config, one_sample) if probe is not model_or_config else None
-    layout, num_positions = answer or _accepted_layout(probe, one_sample)
+    answer = _answer_without_values(shown, one_sample) if shown.device.type != "cpu" else None
+    layout, num_positions = answer or _accepted_layout(_probe(shown), one_sample)
     request = replace(request, generator=torch.Generator().manual_seed(seed))  # asking has drawn noise from the other
     pixels = next(islice(image_format(request).layouts(request), layout, None))
     return Pictures(request=request, pixels=pixels, image_tokens=num_positions)
@@ -285,14 +285,12 @@ def _accepted_layout(probe: PreTrainedModel, request: ImageRequest) -> tuple[int
     raise UnsupportedModelError(f"{name} takes images in none of the layouts known here.\n" + "\n".join(refusals))
 
 
-def _answer_without_values(
-    model_or_config: PreTrainedModel | PreTrainedConfig, request: ImageRequest
-) -> tuple[int, int] | None:
+def _answer_without_values(model: PreTrainedModel, request: ImageRequest) -> tuple[int, int] | None:
     """As `_accepted_layout`, from a model on the meta device: nothing is computed. None where that cannot be done.
 
     Only the usual layout is tried, because code that needs values refuses the right one too.
     """
-    function = None if isinstance(model_or_config, PreTrainedConfig) else _vision_function(model_or_config)
+    function = _vision_function(model)
     pixels = next(image_format(request).layouts(request))
     if function is None or not pixels or any(hasattr(request.config, name) for name in _FIXED_COUNTS):
         return None
@@ -301,7 +299,7 @@ def _answer_without_values(
         for name, value in (pixels | _qformer_inputs(pixels)).items()
     }
     try:
-        return 0, _num_feature_rows(function, given, model_or_config.dtype)
+        return 0, _num_feature_rows(function, given, model.dtype)
     except _REFUSALS:
         return None
 
@@ -310,6 +308,8 @@ def _num_patches(request: ImageRequest, pixels: Pixels) -> int:
     """Patches of all images together, padding included."""
     if "image_grid_thw" in pixels:  # a picture's pixels are there once per frame of a patch
         return int(pixels["image_grid_thw"].prod(-1).sum())
+    if "image_tiles" in pixels:
+        return int((pixels["image_tiles"].prod(-1) + 1).sum()) * request.config.tiling.patches_per_tile
     values = max((tensor.numel() for tensor in pixels.values() if tensor.is_floating_point()), default=0)
     return values // request.patch_values
 

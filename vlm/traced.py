@@ -21,6 +21,7 @@ from vlm.checkpoint import Checkpoint
 from vlm.config_counts import vocab_size_of
 from vlm.families import FAMILIES
 from vlm.held import held_graph
+from vlm.image_rule import ImageRule
 
 VOLATILE_KEYS = (
     "_name_or_path",
@@ -32,39 +33,6 @@ VOLATILE_KEYS = (
     "quantization_config",
 )
 """Keys of a config that say nothing about the modules, and differ between files of one model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRule:
-    """What one image amounts to: patches for the encoder, positions in the prompt.
-
-    A model of fixed images has one answer. For one that takes any size the answer is per cell of `cell_px` pixels a
-    side, in a picture of `native_px` (width, height) unless another size is asked for; where cells do not add up, as
-    with tiles, `cell_px` is None and the answer holds for `native_px` alone.
-    """
-
-    native_px: tuple[int, int]
-    any_size: bool
-    cell_px: int | None
-    patches: int
-    tokens: int
-
-    def counts(self, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
-        """Patches and positions of one image of this (width, height); None when only a trace can tell."""
-        if not self.any_size or (self.cell_px is None and image_size in (None, self.native_px)):
-            return self.patches, self.tokens
-        if self.cell_px is None:
-            return None
-        width, height = image_size or self.native_px
-        cells = max(1, round(width / self.cell_px)) * max(1, round(height / self.cell_px))
-        return cells * self.patches, cells * self.tokens
-
-    def smaller(self, image_size: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
-        """Pictures of the same shape with sides of seven eighths and less; none where sizes make no difference."""
-        width, height = image_size or self.native_px
-        if self.any_size and self.cell_px is not None:
-            for eighths in range(7, 0, -1):
-                yield max(self.cell_px, width * eighths // 8), max(self.cell_px, height * eighths // 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +98,7 @@ class TracedModel:
     def smaller_images(self, workload: Workload) -> Iterator[tuple[int, int]]:
         """Smaller sizes than a resolved workload's whose costs are known as well, the largest first."""
         rule = self._costs(workload).image if workload.num_images else None
-        return rule.smaller(workload.image_size) if rule else iter(())
+        return rule.smaller(workload.image_size, workload.num_images) if rule else iter(())
 
     @property
     def config_digest(self) -> str:
@@ -201,7 +169,7 @@ class TracedModel:
             return 0, 0
         rule = self._costs(workload).image
         assert rule is not None, "costs with images have a rule for them"
-        counts = rule.counts(workload.image_size)
+        counts = rule.counts(workload.image_size, workload.num_images)
         assert counts is not None, "costs are found for the size that is asked for"
         return workload.num_images * counts[0], workload.num_images * counts[1]
 

@@ -9,17 +9,17 @@ import pytest
 
 from planner import Workload
 from planner.units import GIB
-from tests.vlm.golden_plans.update import FOLDER, NAMES, text_of
+from tests.vlm.golden_plans.update import CASES, FOLDER, text_of
 from vlm.model import find_model
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_plans_of_named_models_are_the_golden_ones(name: str) -> None:
-    assert text_of(name) == (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize("case", CASES)
+def test_plans_of_named_models_are_the_golden_ones(case: str) -> None:
+    assert text_of(case) == (FOLDER / f"{case}.txt").read_text(encoding="utf-8")
 
 
 def test_there_is_no_golden_plan_without_a_model() -> None:
-    assert {path.stem for path in FOLDER.glob("*.txt")} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.txt")} == set(CASES)
 
 
 @pytest.mark.parametrize(

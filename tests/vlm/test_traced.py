@@ -14,12 +14,16 @@ from planner import Workload
 from planner.errors import ConstraintError, PlannerError, UnsupportedModelError
 from planner.graph import Home, ModuleGraph, ModuleGroup
 from vlm.cost_library import CostLibrary
+from vlm.image_rule import ImageRule
+from vlm.internlm_xcomposer2_hd.tiling import Tiling
 from vlm.model import find_model
-from vlm.traced import ImageRule, TracedCosts, TracedModel, costs_key
+from vlm.traced import TracedCosts, TracedModel, costs_key
 
 FIXED = ImageRule(native_px=(336, 336), any_size=False, cell_px=None, patches=576, tokens=576)
 BY_CELL = ImageRule(native_px=(448, 448), any_size=True, cell_px=28, patches=4, tokens=1)
 BY_TRACE = ImageRule(native_px=(1000, 700), any_size=True, cell_px=None, patches=3600, tokens=950)
+TILING = Tiling(tile_px=560, positions_per_side=20, max_tiles=24, max_tiles_of_several=6)
+BY_TILE = ImageRule(native_px=(448, 448), any_size=True, cell_px=None, patches=1600, tokens=400, tiling=TILING)
 
 
 def costs(image: ImageRule | None) -> TracedCosts:
@@ -62,12 +66,25 @@ def model(find_costs: Any, config: Mapping[str, Any] | None = None) -> TracedMod
         pytest.param(BY_CELL, (1, 1), (4, 1), id="never less than a cell"),
         pytest.param(BY_TRACE, (1000, 700), (3600, 950), id="the traced size"),
         pytest.param(BY_TRACE, (999, 700), None, id="another size needs a trace"),
+        pytest.param(BY_TILE, None, (3200, 841), id="the whole view and one tile"),
+        pytest.param(BY_TILE, (2240, 3360), (40000, 10141), id="24 tiles"),
     ],
 )
 def test_what_an_image_amounts_to(
     rule: ImageRule, size: tuple[int, int] | None, counts: tuple[int, int] | None
 ) -> None:
     assert rule.counts(size) == counts
+
+
+def test_several_pictures_have_fewer_tiles_each() -> None:
+    assert BY_TILE.counts((2240, 3360), num_images=2) == (7 * 1600, 7 * 400 + 1 + 4 * 20)
+
+
+def test_smaller_pictures_amount_to_less_each() -> None:
+    assert list(FIXED.smaller(None)) == list(BY_TRACE.smaller(None)) == []
+    assert next(BY_CELL.smaller((896, 672))) == (784, 588)
+    amounts = [BY_TILE.counts(size) for size in BY_TILE.smaller((2240, 3360))]
+    assert len(set(amounts)) == len(amounts) > 1 and amounts == sorted(amounts, reverse=True)
 
 
 def test_a_workload_is_resolved_with_the_images_positions() -> None:

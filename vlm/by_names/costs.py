@@ -11,7 +11,8 @@ from vlm.by_names.facts import Facts, facts_of
 from vlm.by_names.graph import graph_by_names
 from vlm.by_names.parts import Shape, parts_of
 from vlm.checkpoint import Checkpoint
-from vlm.traced import ImageRule, TracedCosts, TracedModel
+from vlm.image_rule import ImageRule
+from vlm.traced import TracedCosts, TracedModel
 
 VERSIONS = "names of weights, no code"
 

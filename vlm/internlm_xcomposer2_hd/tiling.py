@@ -22,6 +22,14 @@ class Tiling:
     upscales: bool = False
     centred: bool = False
 
+    @property
+    def positions_per_tile(self) -> int:
+        return self.positions_per_side**2
+
+    @property
+    def patches_per_tile(self) -> int:
+        return 4 * self.positions_per_tile
+
     def resized(self, width_px: int, height_px: int, *, max_tiles: int) -> tuple[int, int]:
         """Width and height in pixels to which an image is scaled, its longer side a whole number of tiles.
 
@@ -52,5 +60,5 @@ class Tiling:
         """Positions of an image of rows x columns tiles: those of the whole view and of every tile, a newline for each
         row of both, and a separator.
         """
-        side = self.positions_per_side
-        return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
+        newlines = (rows + 1) * self.positions_per_side
+        return (rows * columns + 1) * self.positions_per_tile + 1 + newlines

@@ -1,6 +1,6 @@
 """Writes the plans of the named models anew: `PYTHONPATH=. python tests/vlm/golden_plans/update.py`; read the diff.
 
-For each model: its plan on the smallest of some equal machines that holds the default workload, and on one A100 40G.
+For each case: a model's plan on the smallest of some equal machines that holds the workload, and on one A100 40G.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from rich.console import Console
 from planner.errors import InfeasibleError
 from planner.machine import Machine
 from planner.report import report
+from planner.workload import Workload
 from vlm.model import find_model
 from vlm.planning import plan_for
 
 FOLDER = Path(__file__).parent
 SMALLEST_OF = ("1x24GiB", "2x24GiB", "4x24GiB", "8x24GiB")
 ONE_LARGE = "a100-40g"
+WORKLOAD = Workload()
 NAMES = (
     *("internlm-xcomposer-7b", "internlm-xcomposer-vl-7b"),
     *("internlm-xcomposer2-7b", "internlm-xcomposer2-vl-7b", "internlm-xcomposer2-4khd-7b"),
@@ -30,26 +32,31 @@ NAMES = (
     *("glm-4v-9b", "glm-4-9b-chat"),
     *("llama-2-7b-hf", "llama-2-13b-hf", "llama-2-70b-hf"),
 )
+CASES = {name: (name, WORKLOAD) for name in NAMES} | {
+    "internlm-xcomposer2d5-7b-24-tiles": ("internlm-xcomposer2d5-7b", Workload(image_size=(2240, 3360))),
+}
+"""What each file is of: a model and its workload."""
 
 
-def text_of(name: str) -> str:
+def text_of(case: str) -> str:
     """Both reports, as a terminal of 100 columns without colour shows them; why, where one does not fit."""
+    name, workload = CASES[case]
     model = find_model(name)
     smallest, text = next(
-        ((spec, text) for spec in SMALLEST_OF for text in _reported(model, spec) if text is not None), (None, "")
+        ((spec, text) for spec in SMALLEST_OF for text in _reported(model, spec, workload)), (None, "")
     )
     parts = [f"== {smallest or f'more than {SMALLEST_OF[-1]}'}\n", text, f"\n== {ONE_LARGE}\n"]
     try:
-        parts.append(_shown(report(plan_for(model, Machine.parse(ONE_LARGE)))))
+        parts.append(_shown(report(plan_for(model, Machine.parse(ONE_LARGE), workload))))
     except InfeasibleError as problem:
         parts.append(f"{problem}\n")
     return "".join(parts)
 
 
-def _reported(model, spec: str) -> Iterator[str]:
+def _reported(model, spec: str, workload: Workload) -> Iterator[str]:
     """The report on a machine; nothing where the model does not fit."""
     try:
-        yield _shown(report(plan_for(model, Machine.parse(spec))))
+        yield _shown(report(plan_for(model, Machine.parse(spec), workload)))
     except InfeasibleError:
         return
 
@@ -61,5 +68,5 @@ def _shown(renderable) -> str:
 
 
 if __name__ == "__main__":
-    for name in NAMES:
-        (FOLDER / f"{name}.txt").write_text(text_of(name), encoding="utf-8")
+    for case in CASES:
+        (FOLDER / f"{case}.txt").write_text(text_of(case), encoding="utf-8")
