@@ -164,9 +164,19 @@ def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
         memory=memory,
         kv_positions=problem.quantities.positions + min(extra) if extra else None,
         free_fraction=min(left),
-        times=problem.times.placed(_devices_by_group(stages), {at: one.waiting for at, one in streamed.items()}),
+        times=problem.times.placed(devices_by_group(stages), {at: one.waiting for at, one in streamed.items()}),
         streamed=streamed,
     )
+
+
+def rank(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[float, ...]:
+    """The smaller the better, as the objective and its ties say."""
+    evaluation = evaluate(problem, stages)
+    value = evaluation.value(problem) or 0
+    used = -len(stages) if problem.objective == "balance" else len(stages)
+    goal = (value,) if problem.objective in TIMED else (used, -value)
+    order = [number for stage in stages for number in (stage.device, -len(stage.members))]
+    return (*goal, -evaluation.free_fraction, used, *order)
 
 
 def host_bytes(problem: Problem, stages: Iterable[PlacedStage]) -> int:
@@ -181,7 +191,8 @@ def _members(stages: tuple[PlacedStage, ...]) -> dict[int, list[int]]:
     return members
 
 
-def _devices_by_group(stages: tuple[PlacedStage, ...]) -> list[int]:
+def devices_by_group(stages: tuple[PlacedStage, ...]) -> list[int]:
+    """The device of every group, by position in the graph."""
     placed = {member: stage.device for stage in stages for member in stage.members}
     return [placed[member] for member in range(len(placed))]
 

@@ -133,8 +133,7 @@ def least_copies(segments: Segments, runs: Runs) -> Costs:
     assert crossings is not None  # built wherever times count
     groups, kind = range(segments.num_link_groups), segments.classes[runs.kind]
     beside = kind.beside(carries=runs.carries)
-    both = [crossings.sides(kind.link_group, hub, beside) for hub in groups]
-    sides = np.minimum.reduce([entering + leaving for entering, leaving in both])
+    sides = sum(crossings.sides(kind.link_group, beside))
     into = np.minimum.reduce([crossings.steps(before, kind.link_group) for before in groups])
     out = np.minimum.reduce([crossings.steps(kind.link_group, after) for after in groups])
     return np.asarray(sides + into[: segments.num_units, None] + out[None, :])

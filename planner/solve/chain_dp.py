@@ -13,15 +13,18 @@ what the others could save.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
+from typing import NoReturn
 
 from planner.errors import ConstraintError
 from planner.memory import CostTable
-from planner.problem import NO_KV, TIMED, PlacedStage, Problem, Solution, Status, evaluate
+from planner.problem import NO_KV, TIMED, Problem, Solution, Status, devices_by_group, evaluate, rank
 from planner.solve import bounds
+from planner.solve.crossings import Places
+from planner.solve.narrowing import Found, Stages, Thought, best_between_links
 from planner.solve.orders import improved_order, orders_with_pins_late, plain_orders
 from planner.solve.search import Bar, Search
 from planner.solve.segments import Segments
@@ -40,24 +43,11 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
 
     When nothing fits, the solution is INFEASIBLE and holds the placement that lacks the fewest bytes on its worst
     device; its method says whether that is proven. It is FEASIBLE, with a bound, where not every set of devices could
-    be tried, or links that differ leave a tensor's way open, unless it reaches the bound.
+    be tried, or links differ so much that `planner.solve.narrowing` gave up, unless it reaches the bound.
     Raises: ConstraintError when pins or forbidden links exclude every placement, or a timed objective meets a device of
     unknown speed.
     """
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-    try:
-        return _solved(problem, deadline)
-    except _OverForbiddenLinkError as refused:
-        around = [found for rival in _without_an_end(problem) if (found := _if_legal(rival, deadline)) is not None]
-        if not around:
-            raise
-        best = min(around, key=lambda found: rank(problem, found.stages))
-        bound = min(refused.bound, best.value) if problem.objective in TIMED else max(refused.bound, best.value)
-        status: Status = "OPTIMAL" if problem.objective in TIMED and best.value == bound else "FEASIBLE"
-        return replace(best, status=status, bound=bound, method=f"{best.method}, around forbidden links")
-
-
-def _solved(problem: Problem, deadline: float | None) -> Solution:
     floating = _floating_units(problem)
     if not floating:
         return Chain(problem, deadline).solution()
@@ -71,11 +61,12 @@ def _solved(problem: Problem, deadline: float | None) -> Solution:
 
 
 def _with_one_afloat(problem: Problem, deadline: float | None, floating: int) -> Solution:
-    in_order = Chain(problem, deadline).solution()
+    in_order = Chain(problem, deadline)
     afloat = Chain(problem, deadline, Segments(problem, floating))
-    if in_order.status != "INFEASIBLE":
-        return afloat.improved(in_order)
-    return afloat.solution() if afloat.holds() else in_order  # its activations may fit elsewhere
+    if (tried := in_order.tried()).found:
+        return afloat.improved(in_order.judged(tried))
+    found = afloat.tried()  # its activations may fit elsewhere, and other links may do
+    return afloat.judged(found) if found.found else in_order.misfit(tried)
 
 
 def _without_work(problem: Problem, idle: Sequence[int]) -> Problem:
@@ -95,33 +86,6 @@ def _without_work(problem: Problem, idle: Sequence[int]) -> Problem:
     return replace(problem, graph=graph, table=CostTable.of(graph, problem.quantities))
 
 
-class _OverForbiddenLinkError(ConstraintError):
-    """The best placement of a search sends over a link that is not allowed; `bound` is what it was thought worth."""
-
-    def __init__(self, message: str, *, bound: int) -> None:
-        super().__init__(message)
-        self.bound = bound
-
-
-def _without_an_end(problem: Problem) -> Iterator[Problem]:
-    """The problem without room on one end of a forbidden link, for every such end."""
-    ends = {name for link in problem.machine.links if not link.allowed for name in (link.source, link.target)}
-    for position, device in enumerate(problem.machine.devices):
-        if device.name in ends:
-            devices = list(problem.machine.devices)
-            devices[position] = replace(device, memory_bytes=1)
-            yield replace(problem, machine=replace(problem.machine, devices=tuple(devices)))
-
-
-def _if_legal(problem: Problem, deadline: float | None) -> Solution | None:
-    """The solution, where one fits and keeps off forbidden links."""
-    try:
-        found = _solved(problem, deadline)
-    except ConstraintError:
-        return None
-    return None if found.status == "INFEASIBLE" else found
-
-
 def fits(problem: Problem) -> bool:
     """Whether any placement fits."""
     return Chain(replace(problem, objective="fewest"), None).holds()
@@ -132,7 +96,7 @@ def _floating_units(problem: Problem) -> list[int]:
 
     For `balance` it would buy a few positions with a copy per token, and a request of one stream gains nothing by it.
     """
-    if problem.objective != "throughput" or any(not link.allowed for link in problem.machine.links):
+    if problem.objective != "throughput":
         return []
     found = []
     for index, unit in enumerate(problem.units):
@@ -143,29 +107,40 @@ def _floating_units(problem: Problem) -> list[int]:
     return found if len(found) < len(problem.units) else found[1:]
 
 
-Found = tuple[int, tuple[PlacedStage, ...]]
-"""The best value that a search thought possible, and the placement it found."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """What searches found; `exact` where they tried every set of devices."""
+    """What searches found; `exact` where they tried every set of devices, `barred` what uses forbidden links."""
 
     found: list[Found]
     method: str
     exact: bool
+    barred: tuple[Found, ...] = ()
+
+    @classmethod
+    def of(cls, found: Iterable[Found | None], method: str, *, exact: bool) -> Tried:
+        """What searches found, those that found nothing left out."""
+        some = [one for one in found if one is not None]
+        barred = tuple(one for one in some if not one.is_allowed)
+        return cls(found=[one for one in some if one.is_allowed], method=method, exact=exact, barred=barred)
 
 
 class Chain:
-    """One problem, and the searches that together answer it: one per order of devices and place of the hub.
+    """One problem, and the searches that together answer it: one per order of devices, narrowed where links differ.
 
-    `segments` are the problem's, unless its runs may be other ones.
+    `segments` are the problem's, unless its runs may be other ones; `completed` makes of cuts what they stand for.
     """
 
-    def __init__(self, problem: Problem, deadline: float | None, segments: Segments | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        deadline: float | None,
+        segments: Segments | None = None,
+        completed: Callable[[Stages], Stages] = tuple,
+    ) -> None:
         self._problem = problem
         self._deadline = deadline
         self._segments = segments or Segments(problem)
+        self._completed = completed
         if problem.objective in TIMED and not self._segments.has_times:
             unknown = [d.name for d in problem.machine.devices if not (d.bandwidth_bytes_per_s and d.flops_per_s)]
             raise ConstraintError(
@@ -175,53 +150,50 @@ class Chain:
 
     def holds(self) -> bool:
         """Whether any search finds a placement."""
-        return not self._cannot_fit and any(
-            len(search.coverable(Bar(), self._usable(states)))
-            for states in self._families()
-            for search in self._searches(states)
-        )
+        if self._cannot_fit:
+            return False
+        if self._segments.has_forbidden:
+            return bool(self.tried().found)
+        families = ((Search(self._segments, states), states) for states in self._families())
+        return any(len(search.coverable(Bar(), self._usable(states))) for search, states in families)
 
     def solution(self) -> Solution:
         """The best of what the searches find."""
         tried = self.tried()
-        if not tried.found:
-            return self._nearest_misfit()
-        return self._judged(tried)
+        return self.judged(tried) if tried.found else self.misfit(tried)
 
     def tried(self) -> Tried:
         """What the searches find; by a few orders of devices where there are too many sets, or no time for them."""
         if self._is_small:
             try:
-                found = list(self._found(self._states(deadline=self._deadline)))
-                return Tried(found=found, method=METHOD, exact=True)
+                return Tried.of([self._found(self._states(deadline=self._deadline))], METHOD, exact=True)
             except OutOfTime:
                 pass
-        found = [one for order in self._orders() for one in self._found(self._states(order))]
-        return Tried(found=found, method=OUT_OF_TIME if self._is_small else UNFINISHED, exact=False)
+        found = [self._found(self._states(order)) for order in self._orders()]
+        return Tried.of(found, OUT_OF_TIME if self._is_small else UNFINISHED, exact=False)
 
     def improved(self, in_order: Solution) -> Solution:
         """The best pipeline with the floating unit anywhere, from the best with it in its place."""
-        exact, method, faster = self._is_small, in_order.method, []
+        exact, method = self._is_small, in_order.method
+        faster: list[Found | None] = []
         try:
             for states in self._families(self._deadline):
-                for search in self._searches(states):
-                    better = search.faster_pipeline(self._usable(states), in_order.value)
-                    faster += [better] if better else []
+                faster.append(self._found(states, in_order.value))
         except OutOfTime:
             exact, method = False, OUT_OF_TIME
-        return self._judged(Tried(found=[(in_order.bound, in_order.stages), *faster], method=method, exact=exact))
+        first = Found(bound=in_order.bound, stages=in_order.stages, is_allowed=True, is_finished=True)
+        return self.judged(Tried.of([first, *faster], method, exact=exact))
 
-    def _judged(self, tried: Tried) -> Solution:
+    def judged(self, tried: Tried) -> Solution:
         """The best of the placements found, by the evaluator, beside the best that the searches thought possible."""
         problem, found, exact = self._problem, tried.found, tried.exact
-        stages = min((stages for _, stages in found), key=lambda stages: rank(problem, stages))
+        stages = min((one.stages for one in found), key=lambda stages: rank(problem, stages))
         value = evaluate(problem, stages).value(problem)
         assert value is not None  # timed objectives were refused without speeds
         timed = problem.objective in TIMED
         best = min if timed else max
-        bound = best(bound for bound, rival in found if timed or len(rival) == len(stages))
-        self._refuse_forbidden(stages, bound)
-        proven = exact or timed
+        bound = best(one.bound for one in found if timed or len(one.stages) == len(stages))
+        proven = timed or (exact and all(one.is_finished for one in found))
         if not exact:
             bound = best(value, bounds.bound(self._segments, len(stages)))
             all_devices, fewest = len(problem.machine.devices), bounds.fewest_devices(self._segments)
@@ -231,14 +203,21 @@ class Chain:
             status=status, stages=stages, value=value, bound=bound, method=tried.method, objective=problem.objective
         )
 
-    def _found(self, states: States) -> Iterator[Found]:
-        """The objective's best value and a placement, for each place that the hub may be at."""
-        for search in self._searches(states):
-            options = search.coverable(Bar(), self._usable(states))
-            if len(options):
-                yield self._best(search, states, options)
+    def _found(self, states: States, than_ns: int | None = None) -> Found | None:
+        """The objective's best value and a placement; with `than_ns` only a pipeline that is faster."""
 
-    def _best(self, search: Search, states: States, options: Ints) -> Found:
+        def search(places: Places) -> Thought | None:
+            found = self._thought(Search(self._segments, states, places), states, than_ns)
+            return found and (found[0], self._completed(found[1]))
+
+        return best_between_links(self._segments, search)
+
+    def _thought(self, search: Search, states: States, than_ns: int | None) -> Thought | None:
+        if than_ns is not None:
+            return search.faster_pipeline(self._usable(states), than_ns)
+        options = search.coverable(Bar(), self._usable(states))
+        if not len(options):
+            return None
         used = states.used[options]
         if self._problem.objective == "latency":
             return search.shortest_sum(options)
@@ -247,32 +226,50 @@ class Chain:
         wanted = used.max() if self._problem.objective == "balance" else used.min()
         return search.most_extra(options[used == wanted])
 
-    def _nearest_misfit(self) -> Solution:
-        """The placement whose worst device lacks the fewest bytes, of two orders where not all can be tried."""
+    def misfit(self, tried: Tried) -> Solution:
+        """The placement whose worst device lacks the fewest bytes, of two orders where not all can be tried.
+
+        Raises: ConstraintError where memory is not what is lacking.
+        """
+        self._refuse_barred(tried)
         is_pinned = any(unit.pinned is not None for unit in self._problem.units)
-        found = [
-            misfit
-            for states in islice(self._families(), None if is_pinned else 2)
-            for search in self._searches(states)
-            if (misfit := search.least_relief(self._usable(states))) is not None
-        ]
+        families = islice(self._families(), None if is_pinned else 2)
+        searches = ((Search(self._segments, states), states) for states in families)
+        found = [one for search, states in searches if (one := search.least_relief(self._usable(states))) is not None]
         if not found:
-            cause = "--all-devices and the pins" if self._problem.all_devices else "the pins"
-            links = " and forbidden links" if self._segments.has_forbidden else ""
-            none = "leave no legal placement, whatever the memory"
-            if not self._is_small:
-                none = f"leave no legal placement that was found, of so many devices in {len(self._orders())} orders"
-            raise ConstraintError(
-                f"{cause}{links} {none}: a device holds one contiguous run of "
-                "modules in execution order. Pin fewer modules, or neighbours to one device."
-            )
+            self._refuse_pins()
         relief_bytes, stages = min(found, key=lambda misfit: misfit[0])
         if not relief_bytes:  # it fits, and time ran out before that was seen
             unknown = 0 if self._problem.objective in TIMED else NO_KV
-            return self._judged(Tried(found=[(unknown, stages)], method=OUT_OF_TIME, exact=False))
+            late = Found(bound=unknown, stages=stages, is_allowed=True, is_finished=False)
+            return self.judged(Tried(found=[late], method=OUT_OF_TIME, exact=False))
         method = METHOD if self._is_small or self._cannot_fit else UNFINISHED
         objective = self._problem.objective
         return Solution(status="INFEASIBLE", stages=stages, value=0, bound=0, method=method, objective=objective)
+
+    def _refuse_pins(self) -> NoReturn:
+        cause = "--all-devices and the pins" if self._problem.all_devices else "the pins"
+        links = " and forbidden links" if self._segments.has_forbidden else ""
+        none = "leave no legal placement, whatever the memory"
+        if not self._is_small:
+            none = f"leave no legal placement that was found, of so many devices in {len(self._orders())} orders"
+        raise ConstraintError(
+            f"{cause}{links} {none}: a device holds one contiguous run of "
+            "modules in execution order. Pin fewer modules, or neighbours to one device."
+        )
+
+    def _refuse_barred(self, tried: Tried) -> None:
+        """Raise where what fits uses forbidden links."""
+        if not tried.barred:
+            return
+        devices = devices_by_group(tried.barred[0].stages)
+        pairs = self._problem.times.forbidden_copies(devices)
+        source, target = (self._problem.machine.devices[position].name for position in pairs[0])
+        proven = tried.exact and all(one.is_finished for one in tried.barred)
+        raise ConstraintError(
+            f"no placement {'that fits' if proven else 'was found that'} keeps off forbidden links: the best one sends "
+            f"from {source} to {target}. Allow that link, or pin what sends over it."
+        )
 
     def _families(self, deadline: float | None = None) -> Iterator[States]:
         """All sets of devices, or those of a few orders where there are too many."""
@@ -291,10 +288,6 @@ class Chain:
     def _states(self, order: Sequence[int] | None = None, deadline: float | None = None) -> States:
         return States(self._segments, deadline, order)
 
-    def _searches(self, states: States) -> Iterator[Search]:
-        for hub_group in range(self._segments.num_link_groups):
-            yield Search(self._segments, states, hub_group)
-
     def _usable(self, states: States) -> Ints:
         """The states that the problem allows: all, or only the one with every device."""
         wanted = len(self._problem.machine.devices) if self._problem.all_devices else 1
@@ -305,26 +298,3 @@ class Chain:
         segments = self._segments
         few = orders_with_pins_late(segments) if self._problem.objective in ("fewest", "latency") else []
         return [*plain_orders(segments), *few, improved_order(segments)]
-
-    def _refuse_forbidden(self, stages: tuple[PlacedStage, ...], bound: int) -> None:
-        if not self._segments.has_forbidden:
-            return
-        devices = {member: stage.device for stage in stages for member in stage.members}
-        pairs = self._problem.times.forbidden_copies([devices[member] for member in range(len(devices))])
-        if pairs:
-            source, target = (self._problem.machine.devices[position].name for position in pairs[0])
-            raise _OverForbiddenLinkError(
-                f"no placement was found that keeps off forbidden links: the best one sends from {source} to {target}. "
-                "Allow that link, or pin what sends over it.",
-                bound=bound,
-            )
-
-
-def rank(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[float, ...]:
-    """The smaller the better, as the objective and its ties say."""
-    evaluation = evaluate(problem, stages)
-    value = evaluation.value(problem) or 0
-    used = -len(stages) if problem.objective == "balance" else len(stages)
-    goal = (value,) if problem.objective in TIMED else (used, -value)
-    order = [number for stage in stages for number in (stage.device, -len(stage.members))]
-    return (*goal, -evaluation.free_fraction, used, *order)

@@ -1,17 +1,17 @@
 """What tensors cost that enter and leave a run of units, by where they come from and go to.
 
 With links that are all alike a run decides alone what crosses its ends. With unlike ones it also matters where others
-are: the stage before and after (for a tensor that goes from one unit to the next), the hub (the one unit that sends to
-many, or gets from far, such as the token embedding), and the home of inputs and results. A tensor between any other
-places is taken to use the best link there is, which makes the cost a bound from below.
+are: the stage before and after (for a tensor that goes from one unit to the next), and the home of inputs and results.
+Any other unit is at one of its places, link groups that it may be on; a tensor from or to it is taken to use the best
+link from or to any of these, which makes the cost a bound from below, exact once every such unit has one place.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,9 @@ FLOATING = -2
 Costs = NDArray[np.int64]
 Ends = frozenset[int | None]
 """Units that send or read; `None` is the home of inputs and results."""
-End = Literal["own", "beside", "hub", "home", "any"]
-"""Where the other end of a tensor is, as seen from a run: the next stage or the one before is `beside` it."""
+Places = Mapping[int, frozenset[int]]
+"""Link groups that a unit may be on, for those that may not be on all."""
+ANYWHERE: Places = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,26 +89,31 @@ class Crossings:
         self._pairs = _representatives(groups_of_links)
         self._machine = problem.machine
         self._new_tokens = times.new_tokens
-        self._home_group = groups_of_links[0]
+        self._groups_of_links = groups_of_links
+        self._everywhere = frozenset(groups_of_links)
+        self._places = ANYWHERE
         price = self._blocked if forbidden else self._nanoseconds
-        unit_of = {m: index for index, unit in zip(place, problem.units, strict=True) for m in unit.members}
-        beside = None if times.inputs_beside is None else unit_of[times.inputs_beside]
-        self.flows = list(self._unit_flows(times.flows, unit_of, beside, price))
-        self.hub = _hub(self.flows)
+        self._unit_of = {m: index for index, unit in zip(place, problem.units, strict=True) for m in unit.members}
+        beside = None if times.inputs_beside is None else self._unit_of[times.inputs_beside]
+        self.flows = list(self._unit_flows(times.flows, beside, price))
 
-    def sides(self, group: int, hub: int, here: Ends) -> tuple[Costs, Costs]:
+    def narrowed(self, places: Places) -> Crossings:
+        """The same, where units may only be at these places."""
+        narrowed = copy(self)
+        narrowed._places = places
+        return narrowed
+
+    def sides(self, group: int, here: Ends) -> tuple[Costs, Costs]:
         """What enters and what leaves the run [start, end) on a device of link group `group`, but for steps.
 
-        `here` is what else is on that device.
+        `here` is what else is on that device. A tensor leaves once, over the slowest of the links that it takes.
         """
-        shape = (self._num_units, self._num_units + 1)
-        entering, leaving = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        entering, leaving = self._nothing(), self._nothing()
         for flow in (flow for flow in self.flows if not flow.is_step):
             made_here = self._inside(frozenset({flow.producer}), here)
-            read_here = self._inside(flow.consumers, here)
-            read_elsewhere = ~self._all_inside(flow.consumers, here)
-            entering += (~made_here & read_here) * self._best(flow, self._source(flow), "own", group, hub)
-            leaving += (made_here & read_elsewhere) * self._best(flow, "own", self._target(flow), group, hub)
+            entering += (~made_here & self._inside(flow.consumers, here)) * self._entering(flow, group)
+            gone = [~self._all_inside(ends, here) * cost for ends, cost in self._leaving(flow, group)]
+            leaving += made_here * np.maximum.reduce(gone)
         return entering, leaving
 
     def steps(self, source_group: int, target_group: int) -> Costs:
@@ -118,38 +124,61 @@ class Crossings:
                 costs[flow.producer + 1] += flow.costs[source_group][target_group]
         return costs
 
-    def returns(self, group: int, hub: int, here: Ends) -> tuple[Costs, Costs]:
-        """As `sides`, but each copy once: at the end whose partner's place is known, for a sum over all stages."""
-        shape = (self._num_units, self._num_units + 1)
-        entering, leaving = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    def returns(self, group: int, here: Ends) -> tuple[Costs, Costs]:
+        """As `sides`, but each copy once, for a sum over all stages: where its only reader's place is known, there."""
+        entering, leaving = self._nothing(), self._nothing()
         for flow in (flow for flow in self.flows if not flow.is_step):
             made_here = self._inside(frozenset({flow.producer}), here)
-            if flow.producer is not None and self._target(flow) != "any":
-                gone = made_here & ~self._all_inside(flow.consumers, here)
-                leaving += gone * self._best(flow, "own", self._target(flow), group, hub)
+            if self._is_return(flow):
+                ((ends, cost),) = self._leaving(flow, group)
+                leaving += (made_here & ~self._all_inside(ends, here)) * cost
             else:
-                come = ~made_here & self._inside(flow.consumers, here)
-                entering += come * self._best(flow, self._source(flow), "own", group, hub)
+                entering += (~made_here & self._inside(flow.consumers, here)) * self._entering(flow, group)
         return entering, leaving
 
-    def _source(self, flow: UnitFlow) -> End:
-        if flow.producer is None:
-            return "home"
-        return "hub" if flow.producer == self.hub else "any"
+    def doubt(self, devices: Sequence[int], *, once: bool) -> int | None:
+        """The unit whose place hides most of what crosses in a placement, by group; None where nothing is hidden.
 
-    def _target(self, flow: UnitFlow) -> End:
-        if flow.consumers == frozenset({None}):
-            return "home"
-        return "hub" if flow.consumers == frozenset({self.hub}) else "any"
+        With `once` each copy is looked at where `returns` counts it, and else at both ends, as `sides` does.
+        """
+        at = {self._unit_of[member]: device for member, device in enumerate(devices)} | {None: 0}
+        group = {unit: self._groups_of_links[device] for unit, device in at.items()}
+        hidden: Counter[int] = Counter()
+        for flow in (flow for flow in self.flows if not flow.is_step):
+            for reader in (reader for reader in flow.consumers if at[reader] != at[flow.producer]):
+                real = flow.costs[group[flow.producer]][group[reader]]
+                if flow.producer is not None and not (once and self._is_return(flow)):
+                    hidden[flow.producer] += real - self._entering(flow, group[reader])
+                if reader is not None and not once:
+                    best = min(flow.costs[group[flow.producer]][other] for other in self._groups(reader))
+                    hidden[reader] = max(hidden[reader], real - best)
+        most = max(sorted(hidden), key=lambda unit: hidden[unit], default=None)
+        return most if most is not None and hidden[most] else None
 
-    def _best(self, flow: UnitFlow, source: End, target: End, group: int, hub: int) -> int:
-        """The price over the link from `source` to `target`, or over the best of those it may be."""
-        sources, targets = self._candidates(source, group, hub), self._candidates(target, group, hub)
-        return min(flow.costs[a][b] for a in sources for b in targets)
+    def _is_return(self, flow: UnitFlow) -> bool:
+        """Whether its producer has one reader, whose place is known."""
+        return flow.producer is not None and len(flow.consumers) == 1 and self._is_known(*flow.consumers)
 
-    def _candidates(self, end: End, group: int, hub: int) -> list[int]:
-        known = {"own": [group], "hub": [hub], "home": [self._home_group]}
-        return known.get(end, list(range(len(self._pairs))))
+    def _is_known(self, end: int | None) -> bool:
+        return len(self._groups(end)) == 1
+
+    def _groups(self, end: int | None) -> frozenset[int]:
+        """The link groups that a unit may be on, or that the home of inputs is on."""
+        return frozenset({self._groups_of_links[0]}) if end is None else self._places.get(end, self._everywhere)
+
+    def _entering(self, flow: UnitFlow, group: int) -> int:
+        """The least price of a flow to a device of this link group."""
+        return min(flow.costs[source][group] for source in self._groups(flow.producer))
+
+    def _leaving(self, flow: UnitFlow, group: int) -> list[tuple[Ends, int]]:
+        """Readers that may be at the same places, and the least price to them from a device of this link group."""
+        alike: dict[frozenset[int], set[int | None]] = {}
+        for reader in flow.consumers:
+            alike.setdefault(self._groups(reader), set()).add(reader)
+        return [(frozenset(ends), min(flow.costs[group][to] for to in places)) for places, ends in alike.items()]
+
+    def _nothing(self) -> Costs:
+        return np.zeros((self._num_units, self._num_units + 1), dtype=np.int64)
 
     def _inside(self, ends: Ends, here: Ends) -> NDArray[np.bool_]:
         """Where any of these units lies in the run, or beside it."""
@@ -170,12 +199,11 @@ class Crossings:
     def _unit_flows(
         self,
         flows: tuple[FlowSize, ...],
-        unit_of: dict[int, int],
         beside: int | None,
         price: Callable[[FlowSize, tuple[int, int]], int],
     ) -> list[UnitFlow]:
         """Flows that can cross. Inputs beside their reader come from nowhere, and results go to that unit."""
-        found = []
+        found, unit_of = [], self._unit_of
         for flow in flows:
             if flow.producer is None and beside is not None:
                 continue
@@ -191,16 +219,6 @@ class Crossings:
 
     def _blocked(self, flow: FlowSize, pair: tuple[int, int]) -> int:
         return 0 if link_between(self._machine, *pair).allowed else 1
-
-
-def _hub(flows: list[UnitFlow]) -> int | None:
-    """The unit with most flows that are no steps."""
-    ends: Counter[int] = Counter()
-    for flow in flows:
-        if not flow.is_step:
-            ends.update({flow.producer} - {None})  # type: ignore[arg-type]  # None is taken out
-            ends.update(flow.consumers - {None} if len(flow.consumers) == 1 else ())  # type: ignore[arg-type]
-    return max(sorted(ends), key=lambda unit: ends[unit], default=None)
 
 
 def _quality(machine: Machine, source: int, target: int) -> tuple[float, float, bool]:

@@ -39,14 +39,13 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> Solution | Non
     segments = Segments(asked)
     relief = _Relief(segments)
     segments.runs = [relief.applied(runs) for runs in segments.runs]
-    tried = Chain(asked, deadline, segments).tried()
-    found = [relief.resting(stages) for _, stages in tried.found]
+    tried = Chain(asked, deadline, segments, relief.resting).tried()
     limit = problem.machine.host_memory_bytes
-    housed = [stages for stages in found if limit is None or host_bytes(problem, stages) <= limit]
+    housed = [one.stages for one in tried.found if limit is None or host_bytes(problem, one.stages) <= limit]
     if not housed:
         return None
     value, stages = min(((_request_ns(asked, stages), stages) for stages in housed), key=lambda pair: pair[0])
-    bound = min(bound for bound, _ in tried.found) if tried.exact else bounds.bound(segments, len(stages))
+    bound = min(one.bound for one in tried.found) if tried.exact else bounds.bound(segments, len(stages))
     return Solution(
         status="OPTIMAL" if value <= bound else "FEASIBLE",
         stages=stages,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.problem import NO_KV, PlacedStage
-from planner.solve.crossings import FLOATING, NO_LINK
+from planner.solve.crossings import ANYWHERE, NO_LINK, Places
 from planner.solve.segments import Segments
 from planner.solve.states import WORST_STAGE, Allowed, Bools, Ints, States
 
@@ -50,14 +50,14 @@ Accepts = Callable[[Step, int, int], bool]
 
 
 class Search:
-    """The runs that each class of device may hold when the hub is on a device of one link group."""
+    """The runs that each class of device may hold where units may only be at some places."""
 
-    def __init__(self, segments: Segments, states: States, hub_group: int) -> None:
+    def __init__(self, segments: Segments, states: States, places: Places = ANYWHERE) -> None:
         self._segments = segments
         self._states = states
         self._num_units = segments.num_units
-        self._forbidden = self._forbidden_runs(hub_group)
-        self._hub_group = hub_group
+        self._forbidden = self._forbidden_runs(places)
+        self._crossings = segments.crossings and segments.crossings.narrowed(places)
 
     def allowed(self, bar: Bar, stage_ns: list[list[list[Ints]]] | None = None) -> Allowed:
         """By kind of run, and link group before and after, the runs that hold to the bar."""
@@ -230,22 +230,18 @@ class Search:
                 if left:
                     yield run, end, list(dict.fromkeys(left))
 
-    def _forbidden_runs(self, hub_group: int) -> list[list[list[Bools]]]:
-        """By kind and link groups: runs with the hub on a wrong device, or that use a link which is not allowed."""
+    def _forbidden_runs(self, places: Places) -> list[list[list[Bools]]]:
+        """By kind and link groups: runs with a unit at a wrong place, or that use a link which is not allowed."""
         segments, groups = self._segments, range(self._states.num_groups)
-        starts, ends = np.ogrid[: self._num_units, : self._num_units + 1]
-        blocks = segments.crossings_of(forbidden=True)
+        blocks = segments.blocks and segments.blocks.narrowed(places)
         found = []
         for runs in segments.runs:
             kind = segments.classes[runs.kind]
-            wrong = np.zeros((self._num_units, self._num_units + 1), dtype=bool)
+            wrong = segments.away(runs, places)
             if blocks is None:
                 found.append([[wrong for _ in groups] for _ in groups])
                 continue
-            if blocks.hub is not None and kind.link_group != hub_group:
-                inside = (starts <= blocks.hub) & (ends > blocks.hub)
-                wrong = wrong | (runs.carries if blocks.hub == FLOATING else inside)
-            wrong = wrong | (sum(blocks.sides(kind.link_group, hub_group, kind.beside(carries=runs.carries))) > 0)
+            wrong = wrong | (sum(blocks.sides(kind.link_group, kind.beside(carries=runs.carries))) > 0)
             steps = [blocks.steps(before, kind.link_group)[: self._num_units, None] > 0 for before in groups]
             found.append([[wrong | step for _ in groups] for step in steps])
         return found
@@ -253,13 +249,13 @@ class Search:
     def _stage_ns(self) -> list[list[list[Ints]]]:
         """By kind and link groups before and after, what a run takes with all that enters and leaves it."""
         segments, groups = self._segments, range(self._states.num_groups)
-        crossings = segments.crossings
+        crossings = self._crossings
         assert crossings is not None  # built wherever times count
         found = []
         for runs in segments.runs:
             kind = segments.classes[runs.kind]
             beside = kind.beside(carries=runs.carries)
-            own = runs.compute_ns + sum(crossings.sides(kind.link_group, self._hub_group, beside))
+            own = runs.compute_ns + sum(crossings.sides(kind.link_group, beside))
             into = [crossings.steps(before, kind.link_group)[: self._num_units, None] for before in groups]
             out = [crossings.steps(kind.link_group, after)[None, :] for after in groups]
             found.append([[own + came + went for went in out] for came in into])
@@ -271,14 +267,14 @@ class Search:
         Where the sum leaves too few bits for every share, neighbouring ones count as equal.
         """
         segments, groups = self._segments, range(self._states.num_groups)
-        crossings = segments.crossings
+        crossings = self._crossings
         assert crossings is not None  # built wherever times count
         shares = self._values([runs.free_fraction for runs in segments.runs])
         spent = []
         for runs in segments.runs:
             device = segments.classes[runs.kind]
             beside = device.beside(carries=runs.carries)
-            once = sum(crossings.returns(device.link_group, self._hub_group, beside))
+            once = sum(crossings.returns(device.link_group, beside))
             into = [crossings.steps(before, device.link_group)[: self._num_units, None] for before in groups]
             spent.append([runs.compute_ns + once + came for came in into])
         allowed = self.allowed(Bar())

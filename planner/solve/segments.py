@@ -18,7 +18,7 @@ from planner.errors import ConstraintError
 from planner.machine import Device
 from planner.memory import WORKSPACE_BYTES, StageLoad
 from planner.problem import NO_KV, TIMED, Problem
-from planner.solve.crossings import FLOATING, NO_LINK, Crossings, Ends, link_groups
+from planner.solve.crossings import FLOATING, NO_LINK, Crossings, Ends, Places, link_groups
 from planner.timing import NS_PER_S
 
 Ints = NDArray[np.int64]
@@ -85,10 +85,20 @@ class Segments:
         for carried in ((), self.floating.members) if self.floating else ((),):
             loads = _loads(problem, self.chain, carried)
             self.runs += [self._on(kind, loads, carried) for kind in range(len(self.classes))]
-        self.crossings = self.crossings_of(forbidden=False)
+        self.crossings = self._crossings(forbidden=False)
+        """What crosses between runs, in nanoseconds; None where no link matters."""
+        self.blocks = self._crossings(forbidden=True) if self.has_forbidden else None
+        """The same as uses of forbidden links; None where there are none."""
 
-    def crossings_of(self, *, forbidden: bool) -> Crossings | None:
-        """What crosses between runs, in nanoseconds or as uses of forbidden links; None where no link matters."""
+    def away(self, runs: Runs, places: Places) -> Bools:
+        """Which runs of a kind hold a unit that may not be on such a device."""
+        group = self.classes[runs.kind].link_group
+        away = {unit for unit, groups in places.items() if group not in groups}
+        before = np.concatenate(([0], np.cumsum([unit in away for unit in range(self.num_units)])))
+        starts, ends = np.ogrid[: self.num_units, : self.num_units + 1]
+        return np.asarray((before[ends] > before[starts]) | (runs.carries & (FLOATING in away)))
+
+    def _crossings(self, *, forbidden: bool) -> Crossings | None:
         if self.times is None:
             return None
         return Crossings(self.problem, self.times, self.groups_of_links, self._place, forbidden=forbidden)

@@ -10,9 +10,8 @@ from dataclasses import replace
 
 from planner.constraints import Unit
 from planner.graph import Tie
-from planner.problem import TIMED, Problem, Solution
+from planner.problem import TIMED, Problem, Solution, rank
 from planner.solve import near_home
-from planner.solve.chain_dp import rank
 
 
 def solve(problem: Problem, time_limit_s: float | None = None) -> Solution:
