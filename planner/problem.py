@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from planner.constraints import Constraints, Unit, units
@@ -26,7 +27,7 @@ NO_KV = 2**62
 TIMED: tuple[Objective, ...] = ("latency", "throughput")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """Which groups may go where, what each costs there, and what the placement is for.
 
@@ -42,9 +43,9 @@ class Problem:
     new_tokens: int = 0
     all_devices: bool = False
 
-    @property
+    @cached_property
     def times(self) -> TimeTable:
-        """The seconds of every group and flow; computed at each call."""
+        """The seconds of every group and flow."""
         return TimeTable.of(self.graph, self.machine, self.quantities, self.new_tokens)
 
     def base_bytes(self, position: int) -> int:
@@ -171,7 +172,11 @@ def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
 
 def rank(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[float, ...]:
     """The smaller the better, as the objective and its ties say."""
-    evaluation = evaluate(problem, stages)
+    return ranked(problem, stages, evaluate(problem, stages))
+
+
+def ranked(problem: Problem, stages: tuple[PlacedStage, ...], evaluation: Evaluation) -> tuple[float, ...]:
+    """As `rank`, of stages that have been evaluated."""
     value = evaluation.value(problem) or 0
     used = -len(stages) if problem.objective == "balance" else len(stages)
     goal = (value,) if problem.objective in TIMED else (used, -value)

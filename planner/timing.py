@@ -135,7 +135,7 @@ class TimeTable:
         return PlacementTimes(
             total=total,
             latency_ns=total.request_ns(self.new_tokens),
-            bottleneck_ns=max(request_ns[device] for device in set(devices)),
+            stage_ns={device: request_ns[device] for device in sorted(set(devices))},
         )
 
     def forbidden_copies(self, devices: Sequence[int]) -> list[tuple[int, int]]:
@@ -160,7 +160,7 @@ class TimeTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementTimes:
-    """What a placement takes: one stream's times, a whole request's, and the slowest stage's of a full pipeline.
+    """What a placement takes: one stream's times, a whole request's, and every stage's of a full pipeline, by device.
 
     A stage's time is all that one request costs it: encode, prefill and every decode step, each tensor that enters and
     each that leaves, once. A tensor that leaves for several devices counts once, over the slowest of those links.
@@ -168,7 +168,12 @@ class PlacementTimes:
 
     total: Times
     latency_ns: int
-    bottleneck_ns: int
+    stage_ns: Mapping[int, int]
+
+    @property
+    def bottleneck_ns(self) -> int:
+        """The slowest stage's time."""
+        return max(self.stage_ns.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,10 +23,9 @@ from planner.errors import ConstraintError
 from planner.memory import CostTable
 from planner.problem import NO_KV, TIMED, Problem, Solution, Status, devices_by_group, evaluate, rank
 from planner.solve import bounds
-from planner.solve.crossings import Places
-from planner.solve.narrowing import Found, Stages, Thought, best_between_links
+from planner.solve.narrowing import Asked, Found, Stages, best_between_links
 from planner.solve.orders import improved_order, orders_with_pins_late, plain_orders
-from planner.solve.search import Bar, Search
+from planner.solve.search import ANY_TIME, Bar, Search, Thought, Within
 from planner.solve.segments import Segments
 from planner.solve.states import Ints, OutOfTime, States
 
@@ -205,24 +204,25 @@ class Chain:
 
     def _found(self, states: States, than_ns: int | None = None) -> Found | None:
         """The objective's best value and a placement; with `than_ns` only a pipeline that is faster."""
+        high_ns = ANY_TIME.high_ns if than_ns is None else than_ns - 1
 
-        def search(places: Places) -> Thought | None:
-            found = self._thought(Search(self._segments, states, places), states, than_ns)
+        def search(asked: Asked) -> Thought | None:
+            within = Within(low_ns=asked.within.low_ns, high_ns=min(high_ns, asked.within.high_ns))
+            found = self._thought(Search(self._segments, states, asked.known), states, replace(asked, within=within))
             return found and (found[0], self._completed(found[1]))
 
         return best_between_links(self._segments, search)
 
-    def _thought(self, search: Search, states: States, than_ns: int | None) -> Thought | None:
-        if than_ns is not None:
-            return search.faster_pipeline(self._usable(states), than_ns)
-        options = search.coverable(Bar(), self._usable(states))
+    def _thought(self, search: Search, states: States, asked: Asked) -> Thought | None:
+        usable = self._usable(states)
+        if self._problem.objective == "throughput":
+            return search.fastest_pipeline(usable, asked.within, is_rough=asked.is_rough)
+        options = search.coverable(Bar(), usable)
         if not len(options):
             return None
-        used = states.used[options]
         if self._problem.objective == "latency":
-            return search.shortest_sum(options)
-        if self._problem.objective == "throughput":
-            return search.fastest_pipeline(options)
+            return search.shortest_sum(options, asked.within)
+        used = states.used[options]
         wanted = used.max() if self._problem.objective == "balance" else used.min()
         return search.most_extra(options[used == wanted])
 

@@ -2,16 +2,16 @@
 
 With links that are all alike a run decides alone what crosses its ends. With unlike ones it also matters where others
 are: the stage before and after (for a tensor that goes from one unit to the next), and the home of inputs and results.
-Any other unit is at one of its places, link groups that it may be on; a tensor from or to it is taken to use the best
-link from or to any of these, which makes the cost a bound from below, exact once every such unit has one place.
+Where any other unit is may be known in part; a tensor from or to it is taken to use the best link from or to any of the
+places that it may be at, which makes the cost a bound from below. Knowing more makes it exact.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,23 @@ FLOATING = -2
 Costs = NDArray[np.int64]
 Ends = frozenset[int | None]
 """Units that send or read; `None` is the home of inputs and results."""
-Places = Mapping[int, frozenset[int]]
-"""Link groups that a unit may be on, for those that may not be on all."""
-ANYWHERE: Places = {}
+Side = tuple[Costs, Costs]
+"""What enters a run and what leaves it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of where units are.
+
+    `places` are the link groups that a unit may be on, for those that may not be on all; `reached` pairs a flow, by its
+    number, with a link group that one of its readers is on.
+    """
+
+    places: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    reached: frozenset[tuple[int, int]] = frozenset()
+
+
+NOTHING_KNOWN = Known()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +55,7 @@ class UnitFlow:
     `costs` is by link group of source and target.
     """
 
+    number: int
     producer: int | None
     consumers: Ends
     costs: tuple[tuple[int, ...], ...]
@@ -91,19 +106,20 @@ class Crossings:
         self._new_tokens = times.new_tokens
         self._groups_of_links = groups_of_links
         self._everywhere = frozenset(groups_of_links)
-        self._places = ANYWHERE
+        self._known = NOTHING_KNOWN
+        self._counted: dict[tuple[Ends, Ends], Costs] = {}
         price = self._blocked if forbidden else self._nanoseconds
         self._unit_of = {m: index for index, unit in zip(place, problem.units, strict=True) for m in unit.members}
         beside = None if times.inputs_beside is None else self._unit_of[times.inputs_beside]
         self.flows = list(self._unit_flows(times.flows, beside, price))
 
-    def narrowed(self, places: Places) -> Crossings:
-        """The same, where units may only be at these places."""
+    def narrowed(self, known: Known) -> Crossings:
+        """The same, where so much is known of where units are."""
         narrowed = copy(self)
-        narrowed._places = places
+        narrowed._known = known
         return narrowed
 
-    def sides(self, group: int, here: Ends) -> tuple[Costs, Costs]:
+    def sides(self, group: int, here: Ends) -> Side:
         """What enters and what leaves the run [start, end) on a device of link group `group`, but for steps.
 
         `here` is what else is on that device. A tensor leaves once, over the slowest of the links that it takes.
@@ -113,7 +129,7 @@ class Crossings:
             made_here = self._inside(frozenset({flow.producer}), here)
             entering += (~made_here & self._inside(flow.consumers, here)) * self._entering(flow, group)
             gone = [~self._all_inside(ends, here) * cost for ends, cost in self._leaving(flow, group)]
-            leaving += made_here * np.maximum.reduce(gone)
+            leaving += made_here * np.maximum(np.maximum.reduce(gone), self._surely_leaving(flow, group))
         return entering, leaving
 
     def steps(self, source_group: int, target_group: int) -> Costs:
@@ -124,7 +140,7 @@ class Crossings:
                 costs[flow.producer + 1] += flow.costs[source_group][target_group]
         return costs
 
-    def returns(self, group: int, here: Ends) -> tuple[Costs, Costs]:
+    def returns(self, group: int, here: Ends) -> Side:
         """As `sides`, but each copy once, for a sum over all stages: where its only reader's place is known, there."""
         entering, leaving = self._nothing(), self._nothing()
         for flow in (flow for flow in self.flows if not flow.is_step):
@@ -136,24 +152,51 @@ class Crossings:
                 entering += (~made_here & self._inside(flow.consumers, here)) * self._entering(flow, group)
         return entering, leaving
 
-    def doubt(self, devices: Sequence[int], *, once: bool) -> int | None:
-        """The unit whose place hides most of what crosses in a placement, by group; None where nothing is hidden.
+    def cases(self, devices: Sequence[int], binding: Container[int], *, once: bool) -> list[Known]:
+        """What may be known besides, case by case, about the unit or flow that hides most; nothing where none does.
 
-        With `once` each copy is looked at where `returns` counts it, and else at both ends, as `sides` does.
+        `devices` is a placement, by group; what enters and leaves those that are `binding` counts, or with `once` what
+        `returns` counts.
         """
         at = {self._unit_of[member]: device for member, device in enumerate(devices)} | {None: 0}
         group = {unit: self._groups_of_links[device] for unit, device in at.items()}
-        hidden: Counter[int] = Counter()
+        of_units: Counter[int] = Counter()
+        of_flows: dict[tuple[int, int | None], int] = {}
         for flow in (flow for flow in self.flows if not flow.is_step):
-            for reader in (reader for reader in flow.consumers if at[reader] != at[flow.producer]):
-                real = flow.costs[group[flow.producer]][group[reader]]
-                if flow.producer is not None and not (once and self._is_return(flow)):
-                    hidden[flow.producer] += real - self._entering(flow, group[reader])
-                if reader is not None and not once:
-                    best = min(flow.costs[group[flow.producer]][other] for other in self._groups(reader))
-                    hidden[reader] = max(hidden[reader], real - best)
-        most = max(sorted(hidden), key=lambda unit: hidden[unit], default=None)
-        return most if most is not None and hidden[most] else None
+            costs, source = flow.costs[group[flow.producer]], at[flow.producer]
+            readers = [reader for reader in flow.consumers if at[reader] != source]
+            if flow.producer is not None and not (once and self._is_return(flow)):
+                entered = {group[reader] for reader in readers if once or at[reader] in binding}
+                of_units[flow.producer] += sum(costs[other] - self._entering(flow, other) for other in entered)
+            if readers and not once and source in binding:
+                slowest = max(readers, key=lambda reader: (costs[group[reader]], reader or 0))
+                known = self._surely_leaving(flow, group[flow.producer])
+                known = max(known, *(min(costs[other] for other in self._groups(reader)) for reader in readers))
+                of_flows[flow.number, slowest] = costs[group[slowest]] - known
+        unit = max(sorted(of_units), key=lambda unit: of_units[unit], default=None)
+        number, reader = max(of_flows, key=lambda pair: of_flows[pair], default=(0, None))
+        if unit is not None and of_units[unit] >= max(1, of_flows.get((number, reader), 0)):
+            return self._one_place_each(unit)
+        if reader is None or not of_flows[number, reader]:
+            return []
+        flow = self.flows[number]
+        if len(flow.consumers) == 1 or group[reader] == group[flow.producer]:
+            return self._one_place_each(reader)
+        return self._reached_or_not(flow, group[reader])
+
+    def _one_place_each(self, unit: int) -> list[Known]:
+        """The unit at one of its places after the other."""
+        places = self._known.places
+        return [
+            replace(self._known, places={**places, unit: frozenset({group})}) for group in sorted(self._groups(unit))
+        ]
+
+    def _reached_or_not(self, flow: UnitFlow, group: int) -> list[Known]:
+        """Some reader of the flow on this link group, or none."""
+        known = self._known
+        left = {reader: self._groups(reader) - {group} for reader in flow.consumers if reader is not None}
+        reached = replace(known, reached=known.reached | {(flow.number, group)})
+        return [reached, replace(known, places={**known.places, **left})] if all(left.values()) else [reached]
 
     def _is_return(self, flow: UnitFlow) -> bool:
         """Whether its producer has one reader, whose place is known."""
@@ -164,7 +207,7 @@ class Crossings:
 
     def _groups(self, end: int | None) -> frozenset[int]:
         """The link groups that a unit may be on, or that the home of inputs is on."""
-        return frozenset({self._groups_of_links[0]}) if end is None else self._places.get(end, self._everywhere)
+        return frozenset({self._groups_of_links[0]}) if end is None else self._known.places.get(end, self._everywhere)
 
     def _entering(self, flow: UnitFlow, group: int) -> int:
         """The least price of a flow to a device of this link group."""
@@ -177,6 +220,11 @@ class Crossings:
             alike.setdefault(self._groups(reader), set()).add(reader)
         return [(frozenset(ends), min(flow.costs[group][to] for to in places)) for places, ends in alike.items()]
 
+    def _surely_leaving(self, flow: UnitFlow, group: int) -> int:
+        """The most that a flow pays to link groups it is known to reach, where these are others."""
+        reached = (to for number, to in self._known.reached if number == flow.number and to != group)
+        return max((flow.costs[group][to] for to in reached), default=0)
+
     def _nothing(self) -> Costs:
         return np.zeros((self._num_units, self._num_units + 1), dtype=np.int64)
 
@@ -188,13 +236,16 @@ class Crossings:
         return np.asarray(self._count_inside(ends, here) == len(ends))
 
     def _count_inside(self, ends: Ends, here: Ends) -> Costs:
-        marks = np.zeros(self._num_units + 1, dtype=np.int64)
-        for end in ends - {None, FLOATING}:
-            assert end is not None
-            marks[end + 1] += 1
-        before = np.cumsum(marks)
-        starts, stops = np.ogrid[: self._num_units, : self._num_units + 1]
-        return np.asarray(before[stops] - before[starts] + len(ends & here))
+        """How many of these units lie in a run or beside it; remembered, because it is asked again and again."""
+        if (ends, here) not in self._counted:
+            marks = np.zeros(self._num_units + 1, dtype=np.int64)
+            for end in ends - {None, FLOATING}:
+                assert end is not None
+                marks[end + 1] += 1
+            before = np.cumsum(marks)
+            starts, stops = np.ogrid[: self._num_units, : self._num_units + 1]
+            self._counted[ends, here] = np.asarray(before[stops] - before[starts] + len(ends & here))
+        return self._counted[ends, here]
 
     def _unit_flows(
         self,
@@ -203,7 +254,8 @@ class Crossings:
         price: Callable[[FlowSize, tuple[int, int]], int],
     ) -> list[UnitFlow]:
         """Flows that can cross. Inputs beside their reader come from nowhere, and results go to that unit."""
-        found, unit_of = [], self._unit_of
+        found: list[UnitFlow] = []
+        unit_of = self._unit_of
         for flow in flows:
             if flow.producer is None and beside is not None:
                 continue
@@ -211,7 +263,9 @@ class Crossings:
             consumers = frozenset(beside if reader is None else unit_of[reader] for reader in flow.consumers)
             if consumers - {producer}:
                 costs = tuple(tuple(price(flow, pair) if pair else NO_LINK for pair in row) for row in self._pairs)
-                found.append(UnitFlow(producer=producer, consumers=consumers - {producer}, costs=costs))
+                found.append(
+                    UnitFlow(number=len(found), producer=producer, consumers=consumers - {producer}, costs=costs)
+                )
         return found
 
     def _nanoseconds(self, flow: FlowSize, pair: tuple[int, int]) -> int:

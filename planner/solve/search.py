@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.problem import NO_KV, PlacedStage
-from planner.solve.crossings import ANYWHERE, NO_LINK, Places
+from planner.solve.crossings import NO_LINK, NOTHING_KNOWN, Known
 from planner.solve.segments import Segments
-from planner.solve.states import WORST_STAGE, Allowed, Bools, Ints, States
+from planner.solve.states import NEVER, WORST_STAGE, Allowed, Bools, Ints, States
 
 KEY_BITS = 60
 
@@ -45,19 +45,32 @@ class Step:
     end: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Within:
+    """Between which times, both included, an answer is of interest."""
+
+    low_ns: int = 0
+    high_ns: int = NEVER
+
+
+ANY_TIME = Within()
+
+Thought = tuple[int, tuple[PlacedStage, ...]]
+"""The best value that a search thought possible, and its placement."""
+
 Accepts = Callable[[Step, int, int], bool]
 """Whether a step from one state to another leads to a best placement."""
 
 
 class Search:
-    """The runs that each class of device may hold where units may only be at some places."""
+    """The runs that each class of device may hold, and what they take, by what is known of where units are."""
 
-    def __init__(self, segments: Segments, states: States, places: Places = ANYWHERE) -> None:
+    def __init__(self, segments: Segments, states: States, known: Known = NOTHING_KNOWN) -> None:
         self._segments = segments
         self._states = states
         self._num_units = segments.num_units
-        self._forbidden = self._forbidden_runs(places)
-        self._crossings = segments.crossings and segments.crossings.narrowed(places)
+        self._forbidden = self._forbidden_runs(known)
+        self._crossings = segments.crossings and segments.crossings.narrowed(known)
 
     def allowed(self, bar: Bar, stage_ns: list[list[list[Ints]]] | None = None) -> Allowed:
         """By kind of run, and link group before and after, the runs that hold to the bar."""
@@ -77,27 +90,33 @@ class Search:
             found.append(rows)
         return found
 
-    def most_extra(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
+    def most_extra(self, options: Ints) -> Thought:
         """Most extra KV positions over these states, and the placement."""
         values = self._values([runs.extra_positions for runs in self._segments.runs])
         extra = self._tightest(values, lambda value: Bar(extra_positions=int(value)), options)
         return int(extra), self._freest(Bar(extra_positions=int(extra)), options)
 
-    def faster_pipeline(self, options: Ints, than_ns: int) -> tuple[int, tuple[PlacedStage, ...]] | None:
-        """As `fastest_pipeline`; None where no slowest stage is shorter than this, which is seen quickly."""
-        bar = Bar(slowest_ns=than_ns - 1)
-        cover = self._states.cover(self.allowed(bar, self._stage_ns()))
-        options = options[self._covering(cover, options)]
-        return self.fastest_pipeline(options) if len(options) else None
+    def fastest_pipeline(self, options: Ints, within: Within = ANY_TIME, *, is_rough: bool = False) -> Thought | None:
+        """The shortest time of the slowest stage over these states, and a placement; of equal ones any if `is_rough`.
 
-    def fastest_pipeline(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
-        """The shortest time of the slowest stage over these states, and the placement."""
+        None where that is not within the limits, which is seen quickly; it is known to be no shorter than the lower.
+        """
         spent = self._stage_ns()
-        values = np.unique(np.concatenate([ends[ends < NO_LINK] for rows in spent for row in rows for ends in row]))
-        slowest = self._tightest(values[::-1], lambda value: Bar(slowest_ns=int(value)), options, spent)
-        return int(slowest), self._freest(Bar(slowest_ns=int(slowest)), options, spent)
+        ends = np.concatenate(
+            [ends[(ends < NO_LINK) & (ends <= within.high_ns)] for r in spent for p in r for ends in p]
+        )
+        values = np.unique(ends[ends >= within.low_ns])[::-1]
+        if not len(values):
+            return None
+        cover = self._states.cover(self.allowed(Bar(slowest_ns=int(values[0])), spent))
+        options = options[self._covering(cover, options)]
+        if not len(options):
+            return None
+        slowest = self._tightest(values, lambda value: Bar(slowest_ns=int(value)), options, spent)
+        bar = Bar(slowest_ns=int(slowest))
+        return int(slowest), self._freest(bar, options, spent, bars_freedom=not is_rough)
 
-    def least_relief(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]] | None:
+    def least_relief(self, options: Ints) -> Thought | None:
         """The fewest bytes that each device must get more for any placement, and that placement; None for no order."""
         lacking = [runs.lacking_bytes for runs in self._segments.runs]
         values = np.unique(np.concatenate([ends[ends < WORST_STAGE] for ends in lacking] + [np.zeros(1, np.int64)]))
@@ -111,11 +130,17 @@ class Search:
         used = self._states.used[options]
         return relief, self._freest(bar, options[most & (used == used[most].max())], bars_freedom=False)
 
-    def shortest_sum(self, options: Ints) -> tuple[int, tuple[PlacedStage, ...]]:
-        """The least time of a whole request through one stage after the other over these states, and the placement."""
+    def shortest_sum(self, options: Ints, within: Within = ANY_TIME) -> Thought | None:
+        """The least time of a whole request through one stage after the other over these states, and the placement.
+
+        None where that is longer than the limit.
+        """
         keys, low_bits = self._keys()
-        found = self._states.cheapest(keys, low_bits, options)
+        limit = min(NEVER, (within.high_ns + 1) << low_bits) - 1
+        found = self._states.cheapest(keys, low_bits, options, limit)
         best = int(found[options, 0, :, 0].min())
+        if best > limit:
+            return None
         low = (1 << low_bits) - 1
         chosen = options[(found[options, 0, :, 0] == best).any(axis=1)]
         used = self._states.used[chosen]
@@ -230,14 +255,14 @@ class Search:
                 if left:
                     yield run, end, list(dict.fromkeys(left))
 
-    def _forbidden_runs(self, places: Places) -> list[list[list[Bools]]]:
+    def _forbidden_runs(self, known: Known) -> list[list[list[Bools]]]:
         """By kind and link groups: runs with a unit at a wrong place, or that use a link which is not allowed."""
         segments, groups = self._segments, range(self._states.num_groups)
-        blocks = segments.blocks and segments.blocks.narrowed(places)
+        blocks = segments.blocks and segments.blocks.narrowed(known)
         found = []
         for runs in segments.runs:
             kind = segments.classes[runs.kind]
-            wrong = segments.away(runs, places)
+            wrong = segments.away(runs, known)
             if blocks is None:
                 found.append([[wrong for _ in groups] for _ in groups])
                 continue

@@ -18,7 +18,7 @@ from planner.errors import ConstraintError
 from planner.machine import Device
 from planner.memory import WORKSPACE_BYTES, StageLoad
 from planner.problem import NO_KV, TIMED, Problem
-from planner.solve.crossings import FLOATING, NO_LINK, Crossings, Ends, Places, link_groups
+from planner.solve.crossings import FLOATING, NO_LINK, Crossings, Ends, Known, link_groups
 from planner.timing import NS_PER_S
 
 Ints = NDArray[np.int64]
@@ -90,10 +90,10 @@ class Segments:
         self.blocks = self._crossings(forbidden=True) if self.has_forbidden else None
         """The same as uses of forbidden links; None where there are none."""
 
-    def away(self, runs: Runs, places: Places) -> Bools:
+    def away(self, runs: Runs, known: Known) -> Bools:
         """Which runs of a kind hold a unit that may not be on such a device."""
         group = self.classes[runs.kind].link_group
-        away = {unit for unit, groups in places.items() if group not in groups}
+        away = {unit for unit, groups in known.places.items() if group not in groups}
         before = np.concatenate(([0], np.cumsum([unit in away for unit in range(self.num_units)])))
         starts, ends = np.ogrid[: self.num_units, : self.num_units + 1]
         return np.asarray((before[ends] > before[starts]) | (runs.carries & (FLOATING in away)))

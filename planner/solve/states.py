@@ -108,11 +108,11 @@ class States:
         """By state, how far the devices that are not in it may get; the end where that is not known."""
         return self.furthest(allowed)[::-1]  # counting devices from the other side reverses the states
 
-    def cheapest(self, keys: list[list[list[Ints]]], low_bits: int, options: Ints) -> Ints:
+    def cheapest(self, keys: list[list[list[Ints]]], low_bits: int, options: Ints, limit: int = NEVER) -> Ints:
         """The best key of covering the rest from a start with exactly the devices of a state.
 
         A key's high bits are a sum over stages; its `low_bits` a maximum, which decides between equal sums. States that
-        lead to no best placement by any of `options` are not followed further.
+        lead to no best placement by any of `options`, or to none within `limit`, are not followed further.
         """
         found = np.full(self._shape, NEVER, dtype=np.int64)
         found[0, :, :, -1] = 0
@@ -120,7 +120,7 @@ class States:
         windows = [_windows(rows) for rows in keys]
         alive = np.ones(len(self), dtype=np.bool_)
         usable = np.isin(np.arange(len(self)), options)
-        best_yet, before_start = NEVER, _least_sums(keys, low)
+        best_yet, before_start = limit, _least_sums(keys, low)
         for layer in self._layers():
             for kind, states, rest in self._steps(layer, alive):
                 group = self._group_of[kind]
