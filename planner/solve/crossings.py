@@ -107,11 +107,13 @@ class Crossings:
         self._groups_of_links = groups_of_links
         self._everywhere = frozenset(groups_of_links)
         self._known = NOTHING_KNOWN
-        self._counted: dict[tuple[Ends, Ends], Costs] = {}
         price = self._blocked if forbidden else self._nanoseconds
         self._unit_of = {m: index for index, unit in zip(place, problem.units, strict=True) for m in unit.members}
         beside = None if times.inputs_beside is None else self._unit_of[times.inputs_beside]
         self.flows = list(self._unit_flows(times.flows, beside, price))
+        groups = range(len(self._everywhere))
+        self._steps = [[self._stepping(source, target) for target in groups] for source in groups]
+        self._counted: dict[tuple[Ends, Ends], Costs] = {}
 
     def narrowed(self, known: Known) -> Crossings:
         """The same, where so much is known of where units are."""
@@ -134,11 +136,7 @@ class Crossings:
 
     def steps(self, source_group: int, target_group: int) -> Costs:
         """By the unit that a stage starts at, what goes over its boundary from one unit to the next."""
-        costs = np.zeros(self._num_units + 1, dtype=np.int64)
-        for flow in self.flows:
-            if flow.is_step and flow.producer is not None:
-                costs[flow.producer + 1] += flow.costs[source_group][target_group]
-        return costs
+        return self._steps[source_group][target_group]
 
     def returns(self, group: int, here: Ends) -> Side:
         """As `sides`, but each copy once, for a sum over all stages: where its only reader's place is known, there."""
@@ -224,6 +222,13 @@ class Crossings:
         """The most that a flow pays to link groups it is known to reach, where these are others."""
         reached = (to for number, to in self._known.reached if number == flow.number and to != group)
         return max((flow.costs[group][to] for to in reached), default=0)
+
+    def _stepping(self, source_group: int, target_group: int) -> Costs:
+        costs = np.zeros(self._num_units + 1, dtype=np.int64)
+        for flow in self.flows:
+            if flow.is_step and flow.producer is not None:
+                costs[flow.producer + 1] += flow.costs[source_group][target_group]
+        return costs
 
     def _nothing(self) -> Costs:
         return np.zeros((self._num_units, self._num_units + 1), dtype=np.int64)

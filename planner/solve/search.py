@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.problem import NO_KV, PlacedStage
-from planner.solve.crossings import NO_LINK, NOTHING_KNOWN, Known
+from planner.solve.crossings import NO_LINK, NOTHING_KNOWN, Crossings, Known
 from planner.solve.segments import Segments
 from planner.solve.states import NEVER, WORST_STAGE, Allowed, Bools, Ints, States
 
 KEY_BITS = 60
+
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +76,7 @@ class Search:
         self._crossings = segments.crossings and segments.crossings.narrowed(known)
 
     def allowed(self, bar: Bar, stage_ns: list[list[list[Ints]]] | None = None) -> Allowed:
-        """By kind of run, and link group before and after, the runs that hold to the bar."""
+        """By kind of run, and link group before and after, the runs that hold to the bar; equal ones are one array."""
         found: Allowed = []
         for run, runs in enumerate(self._segments.runs):
             own = (
@@ -81,13 +84,19 @@ class Search:
                 & (runs.extra_positions >= bar.extra_positions)
                 & (runs.free_fraction >= bar.free_fraction)
             )
-            rows = [[own & ~forbidden for forbidden in row] for row in self._forbidden[run]]
-            if stage_ns is not None and bar.slowest_ns is not None:
-                rows = [
-                    [ends & (spent <= bar.slowest_ns) for ends, spent in zip(*pair, strict=True)]
-                    for pair in zip(rows, stage_ns[run], strict=True)
-                ]
-            found.append(rows)
+            held = [own & ~forbidden for forbidden in self._forbidden[run]]
+            if stage_ns is None or bar.slowest_ns is None:
+                found.append([[ends] * self._states.num_groups for ends in held])
+                continue
+            quick = {id(spent): spent <= bar.slowest_ns for row in stage_ns[run] for spent in row}
+            both = {
+                (id(ends), id(spent)): ends & quick[id(spent)]
+                for ends, row in zip(held, stage_ns[run], strict=True)
+                for spent in row
+            }
+            found.append(
+                [[both[id(ends), id(spent)] for spent in row] for ends, row in zip(held, stage_ns[run], strict=True)]
+            )
         return found
 
     def most_extra(self, options: Ints) -> Thought:
@@ -147,7 +156,7 @@ class Search:
 
         def accepts(step: Step, state: int, rest: int) -> bool:
             group = self._group_of(step.run)
-            stage = int(keys[step.run][step.before][step.after][step.start, step.end])
+            stage = int(keys[step.run][step.before][step.start, step.end])
             left = int(found[rest, group, step.after, step.end])
             whole = int(found[state, step.before, group, step.start])
             exact = (stage >> low_bits) + (left >> low_bits) == whole >> low_bits
@@ -255,8 +264,8 @@ class Search:
                 if left:
                     yield run, end, list(dict.fromkeys(left))
 
-    def _forbidden_runs(self, known: Known) -> list[list[list[Bools]]]:
-        """By kind and link groups: runs with a unit at a wrong place, or that use a link which is not allowed."""
+    def _forbidden_runs(self, known: Known) -> list[list[Bools]]:
+        """By kind, and link group before: runs with a unit at a wrong place, or that use a forbidden link."""
         segments, groups = self._segments, range(self._states.num_groups)
         blocks = segments.blocks and segments.blocks.narrowed(known)
         found = []
@@ -264,15 +273,18 @@ class Search:
             kind = segments.classes[runs.kind]
             wrong = segments.away(runs, known)
             if blocks is None:
-                found.append([[wrong for _ in groups] for _ in groups])
+                found.append([wrong for _ in groups])
                 continue
             wrong = wrong | (sum(blocks.sides(kind.link_group, kind.beside(carries=runs.carries))) > 0)
             steps = [blocks.steps(before, kind.link_group)[: self._num_units, None] > 0 for before in groups]
-            found.append([[wrong | step for _ in groups] for step in steps])
+            found.append(_shared([wrong | step for step in steps]))
         return found
 
     def _stage_ns(self) -> list[list[list[Ints]]]:
-        """By kind and link groups before and after, what a run takes with all that enters and leaves it."""
+        """By kind and link groups before and after, what a run takes with all that enters and leaves it.
+
+        Equal ones are one array.
+        """
         segments, groups = self._segments, range(self._states.num_groups)
         crossings = self._crossings
         assert crossings is not None  # built wherever times count
@@ -281,27 +293,32 @@ class Search:
             kind = segments.classes[runs.kind]
             beside = kind.beside(carries=runs.carries)
             own = runs.compute_ns + sum(crossings.sides(kind.link_group, beside))
-            into = [crossings.steps(before, kind.link_group)[: self._num_units, None] for before in groups]
-            out = [crossings.steps(kind.link_group, after)[None, :] for after in groups]
-            found.append([[own + came + went for went in out] for came in into])
+            out = _shared([crossings.steps(kind.link_group, after)[None, :] for after in groups])
+            gone = {id(went): own + went for went in out}
+            into = _shared(self._entered(crossings, kind.link_group))
+            spent = {(id(came), id(went)): gone[id(went)] + came for came in into for went in out}
+            found.append([[spent[id(came), id(went)] for went in out] for came in into])
         return found
 
-    def _keys(self) -> tuple[list[list[list[Ints]]], int]:
+    def _entered(self, crossings: Crossings, group: int) -> list[Ints]:
+        """By link group of the stage before, what goes over the boundary to one on this link group."""
+        groups = range(self._states.num_groups)
+        return [crossings.steps(before, group)[: self._num_units, None] for before in groups]
+
+    def _keys(self) -> tuple[list[list[Ints]], int]:
         """Keys of runs for a sum: nanoseconds, and below them how far the free share is from the largest.
 
-        Where the sum leaves too few bits for every share, neighbouring ones count as equal.
+        By kind, and link group before; equal ones are one array. Where the sum leaves too few bits for every share,
+        neighbouring ones count as equal.
         """
-        segments, groups = self._segments, range(self._states.num_groups)
-        crossings = self._crossings
+        segments, crossings = self._segments, self._crossings
         assert crossings is not None  # built wherever times count
         shares = self._values([runs.free_fraction for runs in segments.runs])
         spent = []
         for runs in segments.runs:
             device = segments.classes[runs.kind]
-            beside = device.beside(carries=runs.carries)
-            once = sum(crossings.returns(device.link_group, beside))
-            into = [crossings.steps(before, device.link_group)[: self._num_units, None] for before in groups]
-            spent.append([runs.compute_ns + once + came for came in into])
+            once = sum(crossings.returns(device.link_group, device.beside(carries=runs.carries)))
+            spent.append([runs.compute_ns + once + came for came in self._entered(crossings, device.link_group)])
         allowed = self.allowed(Bar())
         count = [len(kind.positions) for kind in segments.classes]
         longest = sum(
@@ -313,10 +330,20 @@ class Search:
         keys = []
         for index, runs in enumerate(segments.runs):
             worse = (len(shares) - 1 - np.searchsorted(shares, runs.free_fraction).clip(0, len(shares) - 1)) >> coarser
-            of_kind = [np.where(own < NO_LINK, (own << low_bits) | worse, WORST_STAGE) for own in spent[index]]
-            rows = zip(allowed[index], of_kind, strict=True)
-            keys.append([[np.where(ends, own, WORST_STAGE) for ends in row] for row, own in rows])
+            rows = zip(spent[index], allowed[index], strict=True)
+            of_kind = [
+                np.where(ends[0] & (own < NO_LINK), (own << low_bits) | worse, WORST_STAGE) for own, ends in rows
+            ]
+            keys.append(_shared(of_kind))
         return keys, low_bits
+
+
+def _shared(arrays: list[NDArray[Kind]]) -> list[NDArray[Kind]]:
+    """The arrays, with those that are equal made one object, so that work on it is done once."""
+    found: list[NDArray[Kind]] = []
+    for array in arrays:
+        found.append(next((known for known in found if np.array_equal(known, array)), array))
+    return found
 
 
 def _last(holds: Callable[[int], bool], low: int, high: int) -> int:

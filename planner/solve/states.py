@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import product
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.solve.segments import Segments
 
+Kind = TypeVar("Kind", bound=np.generic)
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Allowed = list[list[list[Bools]]]
@@ -76,15 +77,19 @@ class States:
         """
         found = np.zeros(self._shape, dtype=np.bool_)
         found[0, :, :, -1] = True
-        reach = [[[np.ascontiguousarray(ends.T, dtype=np.float32) for ends in row] for row in rows] for rows in allowed]
+        reach = {id(ends): np.ascontiguousarray(ends.T, dtype=np.float32) for k in allowed for row in k for ends in row}
         alive = np.ones(len(self), dtype=np.bool_)
         in_reach = np.arange(self.num_units + 1) <= self._furthest_of_others(allowed)[:, None]
         for layer in self._layers():
             for kind, states, rest in self._steps(layer, alive):
                 group = self._group_of[kind]
-                for before, after in product(range(self.num_groups), repeat=2):
-                    ends = found[rest, group, after].astype(np.float32)
-                    found[states, before, group, :-1] |= (ends @ reach[kind][before][after]) > 0.5
+                for befores, row in _distinct(allowed[kind]):
+                    covered = np.zeros((len(states), self.num_units), dtype=np.bool_)
+                    for afters, (ends,) in _distinct([[ends] for ends in row]):
+                        left = found[rest, group][:, afters].any(axis=1).astype(np.float32)
+                        covered |= (left @ reach[id(ends)]) > 0.5
+                    for before in befores:
+                        found[states, before, group, :-1] |= covered
             alive[layer] = (found[layer].any(axis=(1, 2)) & in_reach[layer]).any(axis=1)
         return found
 
@@ -108,7 +113,7 @@ class States:
         """By state, how far the devices that are not in it may get; the end where that is not known."""
         return self.furthest(allowed)[::-1]  # counting devices from the other side reverses the states
 
-    def cheapest(self, keys: list[list[list[Ints]]], low_bits: int, options: Ints, limit: int = NEVER) -> Ints:
+    def cheapest(self, keys: list[list[Ints]], low_bits: int, options: Ints, limit: int = NEVER) -> Ints:
         """The best key of covering the rest from a start with exactly the devices of a state.
 
         A key's high bits are a sum over stages; its `low_bits` a maximum, which decides between equal sums. States that
@@ -124,11 +129,12 @@ class States:
         for layer in self._layers():
             for kind, states, rest in self._steps(layer, alive):
                 group = self._group_of[kind]
-                for before, after in product(range(self.num_groups), repeat=2):
-                    ends = np.ascontiguousarray(found[rest, group, after].T)
-                    best = np.ascontiguousarray(found[states, before, group].T)
-                    _relax(best, ends, keys[kind][before][after], windows[kind], low)
-                    found[states, before, group] = best.T
+                ends = np.ascontiguousarray(found[rest, group].min(axis=1).T)
+                for befores, (stages,) in _distinct([[own] for own in keys[kind]]):
+                    best = np.full_like(ends, NEVER)
+                    _relax(best, ends, stages, windows[kind], low)
+                    for before in befores:
+                        found[states, before, group] = np.minimum(found[states, before, group], best.T)
             best_yet = min(best_yet, found[layer[usable[layer]], 0, :, 0].min(initial=NEVER))
             alive[layer] = ((found[layer] & ~low) + before_start <= (best_yet | low)).any(axis=(1, 2, 3))
         return found
@@ -180,13 +186,21 @@ def _relax(best: Ints, ends: Ints, stages: Ints, windows: list[tuple[int, int]],
         np.minimum(best[start], key.min(axis=0, initial=NEVER), out=best[start])
 
 
-def _least_sums(keys: list[list[list[Ints]]], low: int) -> Ints:
+def _least_sums(keys: list[list[Ints]], low: int) -> Ints:
     """By end, a sum that no way to get there is below: as if there were as many of each device as anyone likes."""
-    stages = np.minimum.reduce([own for rows in keys for row in rows for own in row]) & ~low
+    stages = np.minimum.reduce([own for rows in keys for own in rows]) & ~low
     least = np.zeros(stages.shape[1], dtype=np.int64)
     for end in range(1, len(least)):
         least[end] = min(NEVER, int((least[:end] + stages[:end, end]).min()))
     return least
+
+
+def _distinct(rows: Sequence[list[NDArray[Kind]]]) -> list[tuple[list[int], list[NDArray[Kind]]]]:
+    """Rows of the very same arrays once, with the places where they stand."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(tuple(map(id, row)), []).append(place)
+    return [(found, rows[found[0]]) for found in places.values()]
 
 
 def _last_end(rows: list[list[Bools]]) -> Ints:
@@ -197,9 +211,9 @@ def _last_end(rows: list[list[Bools]]) -> Ints:
     return np.append(last, num_units)
 
 
-def _windows(rows: list[list[Ints]]) -> list[tuple[int, int]]:
+def _windows(rows: list[Ints]) -> list[tuple[int, int]]:
     """By start, the ends between which there is any stage."""
-    best = np.minimum.reduce([keys for row in rows for keys in row])
+    best = np.minimum.reduce(rows)
     return [
         (int(found[0]), int(found[-1]) + 1) if len(found := np.flatnonzero(row < WORST_STAGE)) else (0, 0)
         for row in best
