@@ -27,10 +27,13 @@ from planner.solve.narrowing import Asked, Found, Stages, best_between_links
 from planner.solve.orders import improved_order, orders_with_pins_late, plain_orders
 from planner.solve.search import ANY_TIME, Bar, Search, Thought, Within
 from planner.solve.segments import Segments
-from planner.solve.states import Ints, OutOfTime, States
+from planner.solve.states import Ints, OutOfTime, States, num_limited
 
 MAX_STATES = 2**17
 """Sets of devices that are searched to the end: seconds, and some 100 MB."""
+
+MAX_FEW = 2**18
+"""Sets of few out of many devices that are searched to the end: a bound leaves out most of them."""
 
 METHOD = "chain-dp"
 UNFINISHED = "chain-dp, some orders of devices"
@@ -168,8 +171,26 @@ class Chain:
                 return Tried.of([self._found(self._states(deadline=self._deadline))], METHOD, exact=True)
             except OutOfTime:
                 pass
+        elif self._problem.objective == "fewest" and (few := self._on_few()) is not None:
+            return Tried.of([few], METHOD, exact=True)
         found = [self._found(self._states(order)) for order in self._orders()]
         return Tried.of(found, OUT_OF_TIME if self._is_small else UNFINISHED, exact=False)
+
+    def _on_few(self) -> Found | None:
+        """The best on the fewest devices, where there are not too many sets of so few; None where it is on more."""
+        if self._problem.all_devices:
+            return None
+        sizes = [len(kind.positions) + 1 for kind in self._segments.classes]
+        for most in range(bounds.fewest_devices(self._segments), len(self._problem.machine.devices) + 1):
+            if num_limited(sizes, most) > MAX_FEW or prod(sizes) >= 2**62:
+                return None
+            try:
+                found = self._found(States(self._segments, self._deadline, most=most))
+            except OutOfTime:
+                return None
+            if found is not None and found.is_allowed:
+                return found
+        return None
 
     def improved(self, in_order: Solution) -> Solution:
         """The best pipeline with the floating unit anywhere, from the best with it in its place."""

@@ -36,17 +36,24 @@ class OutOfTime(Exception):  # noqa: N818  # not an error: what is known by then
 class States:
     """The sets of devices, from none to all, and recursions over them.
 
-    With `order`, devices may come in that order of classes only, which leaves few states and no proof.
+    With `order`, devices may come in that order of classes only, which leaves few states and no proof. With `most`,
+    only sets of so many devices are looked at, and proofs hold for these.
     """
 
-    def __init__(self, segments: Segments, deadline: float | None, order: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, segments: Segments, deadline: float | None, order: Sequence[int] | None = None, most: int | None = None
+    ) -> None:
         self.num_units = segments.num_units
         self._deadline = deadline
         self._is_ordered = order is not None
         self.num_groups = 1 + max(kind.link_group for kind in segments.classes)
         self._group_of = [segments.classes[runs.kind].link_group for runs in segments.runs]
         sizes = [len(kind.positions) + 1 for kind in segments.classes]
-        sets = _nested(sizes, order) if order else np.indices(sizes).reshape(len(sizes), -1).T
+        self._most = most
+        if most is not None:
+            sets = _limited(sizes, most)
+        else:
+            sets = _nested(sizes, order) if order else np.indices(sizes).reshape(len(sizes), -1).T
         # Each set of devices twice, without and with the floating unit, where there is one.
         copies = 2 if segments.floating else 1
         self._counts = np.repeat(sets, copies, axis=0)
@@ -55,6 +62,7 @@ class States:
         self._is_whole = self._carrying == copies - 1
         # A set with one device less stands as many places before as the classes that vary faster have sets.
         strides = [1] * len(sizes) if order else [prod(sizes[kind + 1 :]) for kind in range(len(sizes))]
+        self._places = None if most is None else sets @ np.array(strides, dtype=np.int64)
         self._rest = [self._without(runs.kind, copies * strides[runs.kind], runs.carries) for runs in segments.runs]
 
     def __len__(self) -> int:
@@ -111,6 +119,11 @@ class States:
 
     def _furthest_of_others(self, allowed: Allowed) -> Ints:
         """By state, how far the devices that are not in it may get; the end where that is not known."""
+        if self._most is not None:
+            furthest = self.furthest(allowed)
+            layers = [np.flatnonzero(self.used == used) for used in range(self._most + 1)]
+            by_used = np.maximum.accumulate([furthest[layer].max(initial=0) for layer in layers])
+            return np.asarray(by_used[self._most - self.used])
         return self.furthest(allowed)[::-1]  # counting devices from the other side reverses the states
 
     def cheapest(self, keys: list[list[Ints]], low_bits: int, options: Ints, limit: int = NEVER) -> Ints:
@@ -160,12 +173,34 @@ class States:
     def _without(self, kind: int, stride: int, carries: bool) -> Ints:
         """By state, the one with a device less of this class, and without the floating unit if carried; or -1."""
         rest = np.arange(len(self)) - stride - carries
+        if self._places is not None:  # where sets are missing between
+            rest = np.searchsorted(self._places, self._places - stride)
         found = (rest >= 0) & (self._counts[rest, kind] == self._counts[:, kind] - 1)
         return np.where(found & (self._carrying[rest] == self._carrying - carries), rest, -1)
 
     def _check_time(self) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise OutOfTime
+
+
+def num_limited(sizes: Sequence[int], most: int) -> int:
+    """How many sets there are of at most so many devices; `sizes` are one more than there are of each class."""
+    by_used = [1] + [0] * most
+    for size in sizes:
+        by_used = [sum(by_used[used - n] for n in range(min(size, used + 1))) for used in range(most + 1)]
+    return sum(by_used)
+
+
+def _limited(sizes: Sequence[int], most: int) -> Ints:
+    """The sets of at most so many devices, in the order of all sets."""
+    sets, used = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
+    for size in sizes:
+        choices = np.minimum(size - 1, most - used) + 1
+        first = np.repeat(np.cumsum(choices) - choices, choices)
+        chosen = np.arange(choices.sum()) - first
+        sets = np.column_stack([np.repeat(sets, choices, axis=0), chosen])
+        used = np.repeat(used, choices) + chosen
+    return sets
 
 
 def _nested(sizes: Sequence[int], order: Sequence[int]) -> Ints:
