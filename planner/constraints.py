@@ -18,18 +18,28 @@ from planner.machine import Machine
 from planner.paths import contains
 
 
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """What is wrong with a pin; the worst comes first, which is one of nothing, and then two that contradict."""
+
+    is_contradiction: bool
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user asks for. `pins` maps a module's FQN to a device's position on the machine.
 
     `split_vision` lifts the fusions that are defaults and keeps those that an op demands. With `all_devices` no device
-    may stay empty. `offload` lets decoder layers rest on the host where nothing fits otherwise.
+    may stay empty. `offload` lets decoder layers rest on the host where nothing fits otherwise. `unclear` is what is
+    already known to be wrong with the pins, to be said together with what the graph shows.
     """
 
     pins: Mapping[str, int] = field(default_factory=dict)
     split_vision: bool = False
     all_devices: bool = False
     offload: bool = False
+    unclear: tuple[Complaint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +58,7 @@ def units(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> tup
     which they can run.
     """
     _check_order(graph)
-    problems = list(_pins_of_nothing(graph, machine, constraints))
+    problems = [*constraints.unclear, *_pins_of_nothing(graph, machine, constraints)]
     pins: dict[int, dict[str, int]] = {}
     for name, device in _all_pins(graph, constraints):
         for match in _pinned_groups(graph, name):
@@ -59,10 +69,10 @@ def units(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> tup
         bound = {member: next(iter(pins[member].items())) for member in members if member in pins}
         devices = {device for _, device in bound.values()}
         if len(devices) > 1:
-            problems.append(_contradicted_fusion(graph, members, bound))
+            problems.append(Complaint(True, _contradicted_fusion(graph, members, bound)))
         found.append(Unit(members=members, pinned=next(iter(devices), None)))
     if problems:
-        raise ConstraintError(_together(problems))
+        raise ConstraintError(_together([one.text for one in sorted(problems, key=lambda one: one.is_contradiction)]))
     return tuple(found)
 
 
@@ -82,18 +92,19 @@ def _pinned_groups(graph: ModuleGraph, name: str) -> list[int]:
     return [i for i, group in enumerate(graph) if any(contains(name, module) for module in group.modules)]
 
 
-def _pins_of_nothing(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> Iterator[str]:
+def _pins_of_nothing(graph: ModuleGraph, machine: Machine, constraints: Constraints) -> Iterator[Complaint]:
     for name, device in _all_pins(graph, constraints):
         if not 0 <= device < len(machine.devices):
-            yield (
+            yield Complaint(
+                False,
                 f"pin {name}={device} names a device that is not there: this machine has {len(machine.devices)}"
-                f" (0 to {len(machine.devices) - 1})"
+                f" (0 to {len(machine.devices) - 1})",
             )
         if not _pinned_groups(graph, name):
-            yield f"pin {name}={device} names no module of {graph.name}: {_near(name, graph)}"
+            yield Complaint(False, f"pin {name}={device} names no module of {graph.name}: {_near(name, graph)}")
 
 
-def _contradictions(graph: ModuleGraph, pins: Mapping[int, Mapping[str, int]]) -> Iterator[str]:
+def _contradictions(graph: ModuleGraph, pins: Mapping[int, Mapping[str, int]]) -> Iterator[Complaint]:
     """Pins that hold a group to several devices, each pair of them once."""
     disputed: dict[tuple[tuple[str, int], tuple[str, int]], list[str]] = {}
     for member, bound in pins.items():
@@ -103,9 +114,10 @@ def _contradictions(graph: ModuleGraph, pins: Mapping[int, Mapping[str, int]]) -
                 disputed.setdefault((first, other), []).append(graph.groups[member].id)
     for ((name, device), (other_name, other_device)), groups in disputed.items():
         more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
-        yield (
+        yield Complaint(
+            True,
             f"pins {name}={device} and {other_name}={other_device} contradict each other: both hold "
-            f"{groups[0]}{more}. Drop one."
+            f"{groups[0]}{more}. Drop one.",
         )
 
 

@@ -17,7 +17,7 @@ from planner.cli import options
 from planner.cli.outputs import check_output, write_output
 from planner.cli.proof import proven
 from planner.cli.sizing import add_sizing_arguments, maximized, recommend
-from planner.constraints import Constraints
+from planner.constraints import Complaint, Constraints
 from planner.errors import ConstraintError
 from planner.formats import ENGINES, engine_text
 from planner.graph import ModuleGraph
@@ -180,29 +180,30 @@ def _add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _constraints(arguments: argparse.Namespace, machine: Machine) -> Constraints:
+    pins, unclear = _pins(machine, arguments.pin)
     return Constraints(
-        pins=_pins(machine, arguments.pin),
+        pins=pins,
         split_vision=arguments.split_vision,
         all_devices=arguments.all_devices,
         offload=arguments.offload,
+        unclear=unclear,
     )
 
 
-def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Pins by position on the machine; ConstraintError with all that name no device or contradict each other."""
+def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> tuple[dict[str, int], tuple[Complaint, ...]]:
+    """Pins by position on the machine, and what is wrong with those that name no device or contradict each other."""
     pins: dict[str, str] = {}
     found: dict[str, int] = {}
     problems = []
     for name, device in asked:
         if pins.setdefault(name, device) != device:
-            problems.append(f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one.")
+            text = f"pins {name}={pins[name]} and {name}={device} contradict each other. Drop one."
+            problems.append(Complaint(True, text))
         try:
             found.setdefault(name, machine.position(device))
         except ConstraintError as problem:
-            problems.append(f"--pin {name}={device}: {problem}")
-    if problems:
-        raise ConstraintError("\n".join(dict.fromkeys(problems)))
-    return found
+            problems.append(Complaint(False, f"--pin {name}={device}: {problem}"))
+    return found, tuple(dict.fromkeys(problems))
 
 
 def _rendered(plan: Plan, graph: ModuleGraph, arguments: argparse.Namespace) -> str:

@@ -232,6 +232,10 @@ CONTRADICTIONS = {
         "max_model_len 10 is shorter than the request: 512 prompt + 1225 image",
     ),
     "a limit past the end": (("--max-memory", "2=1GiB"), "there is no device 2: this machine has 0, 1"),
+    "two kinds of wrong pins": (
+        ("--pin", "vit=0", "--pin", "vit=1", "--pin", "vitt=0"),
+        "2 problems with the pins:\n  pin vitt=0 names no module of internlm-xcomposer2-vl-7b",
+    ),
     "a pin past the end": (("--pin", "vit=7"), "there is no device 7: this machine has 0, 1"),
     "a pin of nothing": (("--pin", "vitt=0"), "names no module of internlm-xcomposer2-vl-7b: did you mean vit?"),
     "pins against the vision path": (

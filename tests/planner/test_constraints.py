@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.constraints import Constraints, Unit, units
+from planner.constraints import Complaint, Constraints, Unit, units
 from planner.errors import ConstraintError
 from planner.graph import Flow, Fusion, ModuleGraph, ModuleGroup
 from planner.machine import Machine
@@ -160,3 +160,16 @@ def test_everything_that_is_wrong_with_the_pins_is_said_at_once_the_worst_first(
         "  pins vision_proj=1, model=0 contradict a co-location",
     ]
     assert all(line.startswith(start) for line, start in zip(rest, starts, strict=True))
+
+
+def test_what_the_caller_found_is_said_with_what_the_graph_shows_and_the_worst_first() -> None:
+    unclear = (Complaint(True, "pins vit=0 and vit=1 contradict each other"), Complaint(False, "there is no device 9"))
+    pins = {"nothing": 0, "model.layers": 0, "model.layers.1": 1}
+    first, *lines = refusal(toy(), Constraints(pins=pins, unclear=unclear)).splitlines()
+    assert first == "4 problems with the pins:"
+    assert [text for line in lines for text in ("no device 9", "no module", "vit=0", "layers=0") if text in line] == [
+        "no device 9",
+        "no module",
+        "vit=0",
+        "layers=0",
+    ]
