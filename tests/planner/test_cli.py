@@ -234,7 +234,7 @@ CONTRADICTIONS = {
     "a limit past the end": (("--max-memory", "2=1GiB"), "there is no device 2: this machine has 0, 1"),
     "two kinds of wrong pins": (
         ("--pin", "vit=0", "--pin", "vit=1", "--pin", "vitt=0"),
-        "2 problems with the pins:\n  pin vitt=0 names no module of internlm-xcomposer2-vl-7b",
+        "2 problems with the pins: pin vitt=0 names no module of internlm-xcomposer2-vl-7b",
     ),
     "a pin past the end": (("--pin", "vit=7"), "there is no device 7: this machine has 0, 1"),
     "a pin of nothing": (("--pin", "vitt=0"), "names no module of internlm-xcomposer2-vl-7b: did you mean vit?"),
