@@ -3,6 +3,7 @@
     PlannerError                   exit code 1 unless said otherwise
     |-- InfeasibleError        1   the model cannot be placed on this machine
     |-- ConstraintError        2   pins, limits or options that contradict each other or the model
+    |   `-- ForbiddenLinkError     what fits would send over links that are not allowed
     |-- SourceError            3   a model, checkpoint or file that cannot be read or is hostile
     |   `-- UnsupportedModelError  a model that can be read, but is of no known architecture
     |       `-- NoClassError       one whose code is neither here nor in transformers
@@ -46,6 +47,10 @@ class ConstraintError(PlannerError):
     """Constraints that no placement can satisfy, whatever the memory."""
 
     exit_code = 2
+
+
+class ForbiddenLinkError(ConstraintError):
+    """Placements that fit, all of which send over links that are not allowed."""
 
 
 class SourceError(PlannerError):

@@ -8,10 +8,10 @@ from typing import Any
 
 from planner.assembly import make_plan
 from planner.constraints import Constraints
-from planner.errors import ConstraintError
+from planner.errors import ConstraintError, ForbiddenLinkError
 from planner.machine import Machine
 from planner.plan import ModelSummary, Plan
-from planner.problem import Objective, Problem
+from planner.problem import Objective, Problem, Solution
 from planner.quantisation import Layout, chosen_linears
 from planner.shortfall import infeasible
 from planner.solve import chain_dp, offloading, tied
@@ -49,10 +49,7 @@ def plan_of(
 ) -> Plan:
     """The plan for a problem that `problem_for` made of the same workload and constraints; raises as `plan_for`."""
     resolved, machine = model.resolved(asked), problem.machine
-    solution = tied.solve(problem, time_limit_s)
-    if solution.status == "INFEASIBLE" and limits.offload:
-        refuse_offload(problem, resolved)
-        solution = offloading.solve(problem, time_limit_s) or solution
+    solution = _solved(problem, resolved, limits, time_limit_s)
     if solution.status == "INFEASIBLE":
         raise infeasible(problem, solution, _changes_that_fit(model, machine, asked, limits), num_beams=asked.num_beams)
     graph = problem.graph
@@ -65,6 +62,24 @@ def plan_of(
     )
     plan = make_plan(problem, solution, model=summary, workload=resolved, fingerprint=model.fingerprint)
     return with_weights_named(replace(plan, proof=stored_proof(model.fingerprint, resolved)))
+
+
+def _solved(problem: Problem, resolved: Workload, limits: Constraints, time_limit_s: float | None) -> Solution:
+    """The best placement, with layers on the host where that is asked for and nothing else fits."""
+    if not limits.offload:
+        return tied.solve(problem, time_limit_s)
+    try:
+        solution = tied.solve(problem, time_limit_s)
+        if solution.status != "INFEASIBLE":
+            return solution
+        refuse_offload(problem, resolved)
+        return offloading.solve(problem, time_limit_s) or solution
+    except ForbiddenLinkError:
+        refuse_offload(problem, resolved)
+        solution_around = offloading.solve(problem, time_limit_s)
+        if solution_around is None:
+            raise
+        return solution_around
 
 
 def refuse_offload(problem: Problem, workload: Workload) -> None:

@@ -19,7 +19,7 @@ from itertools import islice
 from math import prod
 from typing import NoReturn
 
-from planner.errors import ConstraintError
+from planner.errors import ConstraintError, ForbiddenLinkError
 from planner.memory import CostTable
 from planner.problem import NO_KV, TIMED, Problem, Solution, Status, devices_by_group, evaluate, rank
 from planner.solve import bounds
@@ -287,7 +287,7 @@ class Chain:
         pairs = self._problem.times.forbidden_copies(devices)
         source, target = (self._problem.machine.devices[position].name for position in pairs[0])
         proven = tried.exact and all(one.is_finished for one in tried.barred)
-        raise ConstraintError(
+        raise ForbiddenLinkError(
             f"no placement {'that fits' if proven else 'was found that'} keeps off forbidden links: the best one sends "
             f"from {source} to {target}. Allow that link, or pin what sends over it."
         )

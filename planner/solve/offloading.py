@@ -8,9 +8,10 @@ the dynamic programme as any other, and it finds the shortest request.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import gcd
 
 import numpy as np
 
@@ -19,10 +20,14 @@ from planner.machine import Machine
 from planner.paths import contains
 from planner.problem import NO_KV, PlacedStage, Problem, Solution, evaluate, host_bytes
 from planner.solve import bounds
-from planner.solve.chain_dp import Chain
-from planner.solve.segments import Runs, Segments
+from planner.solve.chain_dp import Chain, Tried
+from planner.solve.crossings import NO_LINK
+from planner.solve.segments import Ints, Runs, Segments
 from planner.streaming import NUM_SLOTS, Streaming, copy_ns, streaming
 from planner.timing import Times
+
+PRICE_BITS, PRICE_STEP = 24, 2
+"""Prices of the host's memory that are tried: each four times the one before."""
 
 NOMINAL_BYTES_PER_S, NOMINAL_FLOPS_PER_S = 1e12, 1e14
 """Of devices of unknown speed, for want of another: what has to cross takes longer on any."""
@@ -31,27 +36,36 @@ NOMINAL_BYTES_PER_S, NOMINAL_FLOPS_PER_S = 1e12, 1e14
 def solve(problem: Problem, time_limit_s: float | None = None) -> Solution | None:
     """The shortest request with layers on the host; None where that makes nothing fit, or the host has no room.
 
-    It is OPTIMAL among placements whose stages have the fewest layers on the host that they can, evenly spread. Where
-    a device's speed is unknown, its value is what devices of a nominal speed would take.
+    It is OPTIMAL among placements whose stages have the fewest layers on the host that they can, evenly spread; where
+    the host has no room for the layers of the shortest, others are weighed by a price on its memory, and the answer may
+    be FEASIBLE. Where a device's speed is unknown, its value is what devices of a nominal speed would take.
     """
     asked = replace(problem, objective="latency", machine=_with_speeds(problem.machine))
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     segments = Segments(asked)
     relief = _Relief(segments)
-    segments.runs = [relief.applied(runs) for runs in segments.runs]
-    tried = Chain(asked, deadline, segments, relief.resting).tried()
+
+    def tried(price_ns: int) -> Tried:
+        segments.runs = relief.priced(price_ns)
+        return Chain(asked, deadline, segments, relief.resting).tried()
+
+    shortest = tried(0)
+    found = [one.stages for one in shortest.found]
     limit = problem.machine.host_memory_bytes
-    housed = [one.stages for one in tried.found if limit is None or host_bytes(problem, one.stages) <= limit]
+    if limit is not None and not any(host_bytes(problem, stages) <= limit for stages in found):
+        found = [one.stages for price_ns in relief.prices() for one in tried(price_ns).found]
+        segments.runs = relief.priced(0)
+    housed = [stages for stages in found if limit is None or host_bytes(problem, stages) <= limit]
     if not housed:
         return None
     value, stages = min(((_request_ns(asked, stages), stages) for stages in housed), key=lambda pair: pair[0])
-    bound = min(one.bound for one in tried.found) if tried.exact else bounds.bound(segments, len(stages))
+    bound = min(one.bound for one in shortest.found) if shortest.exact else bounds.bound(segments, len(stages))
     return Solution(
         status="OPTIMAL" if value <= bound else "FEASIBLE",
         stages=stages,
         value=value,
         bound=min(bound, value),
-        method=f"{tried.method} with host offload",
+        method=f"{shortest.method} with host offload",
         objective="latency",
     )
 
@@ -65,12 +79,27 @@ class _Relief:
         lists = self._problem.graph.cached_lists
         self._movable = [_is_layer(group, lists) for group in self._problem.graph]
         self._chosen: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+        self._weights_bytes = [load.weights_bytes for load in self._problem.table.loads]
+        sizes = [size for size, is_layer in zip(self._weights_bytes, self._movable, strict=True) if is_layer]
+        self._unit_bytes = gcd(*sizes) or 1
+        self._num_units = max(1, sum(sizes) // self._unit_bytes)
+        self._runs = [self._applied(runs) for runs in segments.runs]
 
-    def applied(self, runs: Runs) -> Runs:
-        """The runs, with those that lack memory relieved where that is possible."""
+    def priced(self, price_ns: int) -> list[Runs]:
+        """The runs, relieved where they lack memory, as if the host's memory had a price."""
+        return [replace(runs, compute_ns=runs.compute_ns + price_ns * resting) for runs, resting in self._runs]
+
+    def prices(self) -> Iterator[int]:
+        """Prices from what hardly matters to what outweighs any time that can be compared."""
+        highest = NO_LINK // (2 * self._num_units)
+        return (highest >> shift for shift in range(PRICE_BITS, -1, -PRICE_STEP))
+
+    def _applied(self, runs: Runs) -> tuple[Runs, Ints]:
+        """The runs, with those that lack memory relieved where that is possible, and what of each is on the host."""
         kind = self._segments.classes[runs.kind]
         arrays = {name: getattr(runs, name).copy() for name in ("fits", "lacking_bytes", "extra_positions")}
         free, spent = runs.free_fraction.copy(), runs.compute_ns.copy()
+        resting_units = np.zeros_like(spent)
         new_tokens = self._problem.times.new_tokens
         for start, end in np.argwhere((runs.lacking_bytes > 0) & (runs.lacking_bytes < NO_KV)).tolist():
             members = sorted(member for unit in self._segments.chain[start:end] for member in unit.members)
@@ -83,8 +112,9 @@ class _Relief:
             arrays["fits"][start, end], arrays["lacking_bytes"][start, end] = True, 0
             arrays["extra_positions"][start, end] = 0
             free[start, end] = spare_bytes / kind.device.memory_bytes
+            resting_units[start, end] = sum(self._weights_bytes[member] for member in resting) // self._unit_bytes
             spent[start, end] += cost.waiting.request_ns(new_tokens)
-        return replace(runs, **arrays, free_fraction=free, compute_ns=spent)
+        return replace(runs, **arrays, free_fraction=free, compute_ns=spent), resting_units
 
     def resting(self, stages: Sequence[PlacedStage]) -> tuple[PlacedStage, ...]:
         """A placement with what its stages leave on the host."""
@@ -95,7 +125,7 @@ class _Relief:
         self, position: int, members: Sequence[int], lacking_bytes: int
     ) -> tuple[tuple[int, ...], Streaming, int] | None:
         """The fewest layers whose absence makes the run fit, what that costs, and the bytes to spare then."""
-        weights = [self._problem.table.loads[member].weights_bytes for member in members]
+        weights = [self._weights_bytes[member] for member in members]
         places = [place for place, member in enumerate(members) if self._movable[member]]
         sizes = [weights[place] for place in places]
         if len(places) <= NUM_SLOTS or sum(sizes) - NUM_SLOTS * max(sizes) < lacking_bytes:

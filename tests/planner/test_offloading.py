@@ -34,7 +34,7 @@ ENDS = 30 * MIB
 COUNTS = Quantities(batch=1, images=0, patches=0, text_tokens=8, image_tokens=0, positions=10)
 NEW_TOKENS = 2
 
-briefly = settings(derandomize=True, deadline=None, max_examples=60)
+briefly = settings(derandomize=True, deadline=None, max_examples=50)
 
 
 def group(name: str, weight_bytes: int, launches: int) -> ModuleGroup:
@@ -109,7 +109,8 @@ def problems(draw: st.DrawFn) -> Problem:
         for a, b in permutations(range(len(spare)), 2)
         if draw(st.booleans())
     )
-    machine = Machine(devices=devices, links=links, host_memory_bytes=2**40)
+    host = draw(st.sampled_from([2**40, 2**40, 4 * LAYER, 3 * LAYER]))
+    machine = Machine(devices=devices, links=links, host_memory_bytes=host)
     names = st.sampled_from([group.id for group in made])
     pins = draw(st.just({}) | st.dictionaries(names, st.integers(0, len(spare) - 1), min_size=1, max_size=2))
     try:
@@ -153,8 +154,10 @@ def _with_some_away(problem: Problem, stage: PlacedStage) -> list[PlacedStage]:
 @given(problems())
 def test_it_equals_brute_force_over_every_set_of_layers_on_the_host(problem: Problem) -> None:
     assume(not fits_on_cards(problem))
-    scored = (evaluate(problem, stages) for stages in placements(problem))
-    best = min((one.times.latency_ns for one in scored if one.fits and one.times), default=None)
+    scored = [(host_bytes(problem, stages), evaluate(problem, stages)) for stages in placements(problem)]
+    assert problem.machine.host_memory_bytes
+    housed = [one for resting, one in scored if resting <= problem.machine.host_memory_bytes]
+    best = min((one.times.latency_ns for one in housed if one.fits and one.times), default=None)
     solution = offloading.solve(problem)
     event(
         "does not fit" if best is None else f"{len(problem.machine.devices)} cards, {len(problem.machine.links)} links"
@@ -163,8 +166,9 @@ def test_it_equals_brute_force_over_every_set_of_layers_on_the_host(problem: Pro
     if solution is not None:
         evaluation = evaluate(problem, solution.stages)
         assert evaluation.fits and evaluation.times is not None
-        assert solution.status == "OPTIMAL"
-        assert evaluation.times.latency_ns == solution.value == solution.bound == best
+        assert evaluation.times.latency_ns == solution.value == best
+        assert solution.bound == min((one.times.latency_ns for _, one in scored if one.fits and one.times))
+        assert (solution.status == "OPTIMAL") == (solution.value == solution.bound)
 
 
 def one_card(num_resident: int, num_layers: int = 8, **options: float | None) -> Problem:
