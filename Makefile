@@ -12,7 +12,7 @@ demo: $(READY)            ## plan a real-size model, then run such a plan on vir
 	@$(BIN)/python examples/split_on_virtual_gpus.py
 
 test: $(READY) lint       ## everything that CI runs
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 sweep: $(READY)           ## all VLM types of the installed transformers; writes docs/sweep.md
 	@$(BIN)/python benchmarks/sweep.py

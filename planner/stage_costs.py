@@ -5,24 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from planner.errors import ConstraintError
 from planner.graph import Phase
 from planner.plan import Boundary, Plan, Stage, device_key
 from planner.problem import PlacedStage, Problem
 from planner.schedule import Schedule, StageCost, simulate
 from planner.timing import NS_PER_S, at_average_length, group_seconds, link_between, transfer_ns
 
-MAX_SLOTS_PER_STAGE = 2
-"""Groups in flight per stage: more only split the batch further."""
+MAX_SLOTS_PER_STAGE = 4
+"""Groups in flight per stage. While prompts go through, stages wait for each other: the more prompts in a row, the
+smaller is that share. From four on it is small, and answers only take longer."""
+SLOTS_WITHOUT_ESTIMATE = 2
+"""Per stage, where no device's speed is known."""
 NUM_SIMULATED_STEPS = 32
 """Tokens per answer in the simulations that groups are chosen by: the share of prompts matters, not the length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """How requests are grouped: so many at a time go through the stages together, in so many slots."""
+    """How requests are grouped: so many at a time go through the stages together, in so many slots.
+
+    Raises: ConstraintError for less than one of either.
+    """
 
     num_slots: int
     batch_size: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_slots, self.batch_size) < 1:
+            raise ConstraintError(f"{self.num_slots} groups of {self.batch_size}: at least one of one is needed")
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in flight."""
+        return self.num_slots * self.batch_size
 
 
 def with_costs(
@@ -38,20 +54,42 @@ def with_costs(
 def groups_for(plan: Plan) -> Groups:
     """The groups with the most tokens per second by the plan's estimate, within what its memory holds.
 
-    Without an estimate as many slots as stages. A group is never larger than the planned batch, whose activations the
-    plan counts; all groups together hold no more KV positions than fit.
+    Without an estimate two slots a stage, as far as whole batches fit. A group is never larger than the planned batch,
+    whose activations the plan counts; all groups together hold no more KV positions than fit.
     """
     num_stages, batch = len(plan.stages), plan.workload.batch_size
-    room = batch if plan.kv_tokens is None else batch * plan.kv_tokens // max(plan.quantities.positions, 1)
-    in_flight = max(batch, room)
-    most = min(in_flight, MAX_SLOTS_PER_STAGE * num_stages)
+    in_flight = most_in_flight(plan)
+    fewest, most = (min(in_flight, factor * num_stages) for factor in (1, MAX_SLOTS_PER_STAGE))
     choices = [
         Groups(num_slots=slots, batch_size=min(batch, in_flight // slots))
-        for slots in range(min(num_stages, in_flight), most + 1)
+        for slots in range(fewest, most + 1, max(num_stages // 2, 1))
     ]
     if plan.schedule_costs is None:
-        return choices[0]
+        enough = [one for one in choices if one.num_slots <= SLOTS_WITHOUT_ESTIMATE * num_stages]
+        return max(enough, key=lambda groups: (groups.batch_size, groups.num_slots))
     return max(choices, key=lambda groups: (_tokens_per_s(plan, groups), -groups.num_slots))
+
+
+def most_in_flight(plan: Plan) -> int:
+    """Requests whose KV positions fit beside what the plan keeps in memory; never fewer than planned."""
+    batch = plan.workload.batch_size
+    room = batch if plan.kv_tokens is None else batch * plan.kv_tokens // max(plan.quantities.positions, 1)
+    return max(batch, room)
+
+
+def refuse_unplanned_groups(plan: Plan, groups: Groups) -> None:
+    """Raise ConstraintError for groups beyond the planned batch, or more of them than fit."""
+    batch, most = plan.workload.batch_size, most_in_flight(plan)
+    if groups.batch_size > batch:
+        raise ConstraintError(
+            f"groups of {groups.batch_size}: the plan is for {batch} at once. Plan again with --batch-size "
+            f"{groups.batch_size}"
+        )
+    if groups.num_requests > most:
+        raise ConstraintError(
+            f"{groups.num_slots} groups of {groups.batch_size} are {groups.num_requests} requests in flight, and the "
+            f"plan's memory holds the KV cache of {most}: ask for fewer --groups, or a smaller --group-size"
+        )
 
 
 def planned_schedule(plan: Plan, groups: Groups, num_groups: int, num_steps: int) -> Schedule | None:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig, HfQuantizer
 
 from planner.errors import PlanMismatchError, SourceError, UnsupportedModelError
-from planner.paths import contains
+from planner.paths import contains, owner
 from planner.plan import Plan
 from planner.quantisation import Layout
 from runtime.virtual.process import PROCESS
@@ -35,6 +35,8 @@ def quantiser_for(
 ) -> HfQuantizer | None:
     """What holds the plan's weights in fewer bits; None for a plan without such. `stored` is the checkpoint's config.
 
+    What the map has on the meta device, because another process holds it, is left as it is.
+
     Raises: PlanMismatchError where plan and checkpoint differ; UnsupportedModelError when the method's library is not
     there or does not run here, or a quantised layer is to rest on the host.
     """
@@ -45,10 +47,10 @@ def quantiser_for(
             f"the plan is for {'quantised' if stored is None else 'plain'} weights, and the checkpoint's are "
             f"{'plain' if stored is None else 'quantised'}: plan this checkpoint"
         )
-    places = set(device_map.values())
+    places = {device for device in device_map.values() if device.type != "meta"}
     if torch.device("cpu") in places and len(places) > 1:
         raise UnsupportedModelError("quantised layers do not rest on the host: place all modules on GPUs")
-    config = _config_for(skeleton, plan) if stored is None else _stored_config(stored)
+    config = _config_for(skeleton, plan, device_map) if stored is None else _stored_config(stored)
     try:
         quantiser = AutoHfQuantizer.from_config(config, pre_quantized=stored is not None)
         quantiser.validate_environment(device_map=dict(device_map))
@@ -176,8 +178,8 @@ def quantised_copy(
     return twin, quantiser
 
 
-def _config_for(skeleton: PreTrainedModel, plan: Plan) -> BitsAndBytesConfig:
-    """What quantises the layers that the plan counts, and no others.
+def _config_for(skeleton: PreTrainedModel, plan: Plan, device_map: Mapping[str, torch.device]) -> BitsAndBytesConfig:
+    """What quantises the layers that the plan counts, and no others, where this process holds them.
 
     Raises: PlanMismatchError when they are not as many as the plan says.
     """
@@ -190,7 +192,9 @@ def _config_for(skeleton: PreTrainedModel, plan: Plan) -> BitsAndBytesConfig:
             f"the plan quantises {part.num_layers} layers, and here {len(chosen)} are outside of what it keeps "
             f"({', '.join(part.kept) or 'nothing'}). Make the plan anew."
         )
-    others = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and name not in known]
+    elsewhere = {name for name in known if device_map[owner(name, device_map) or ""].type == "meta"}
+    linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    others = [name for name in linears if name not in known or name in elsewhere]
     return _bitsandbytes_config(part.layouts[0], plan.workload.dtype, [*part.skip_modules, *_exactly(others)])
 
 

@@ -54,11 +54,12 @@ def refuse_full_devices(plan: Plan, places: Mapping[DeviceKey, torch.device]) ->
         raise MachineError(f"{'; '.join(short)}. Free that memory, or make a plan for what is free. {REPLAN}")
 
 
-def refuse_quantised(model: Model, plan: Plan | None = None) -> None:
-    """Raise UnsupportedModelError where weights are, or are to be, in fewer bits: a stage of a pipeline has none so."""
+def refuse_stored_quantised(model: Model) -> None:
+    """Raise UnsupportedModelError where weights are stored in fewer bits: a stage of a pipeline reads them in full."""
     stored = quantization_config(model.config)
-    if stored is not None or (plan is not None and plan.quantization is not None):
-        how = stored.get("quant_method", "unknown") if stored is not None else plan.workload.quantize if plan else ""
+    if stored is not None:
         raise UnsupportedModelError(
-            f"{model.name} in {how} is not loaded into a pipeline of processes: load_sharded runs it in one process"
+            f"{model.name} is stored in {stored.get('quant_method', 'an unknown method')}, whose codes the loader "
+            "checks against the layers of a whole model: load_sharded runs it in one process. Plain weights are "
+            "quantised stage by stage: plan the unquantised checkpoint with --quantize"
         )

@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from planner.cli import options
 from planner.cli.run import arguments_of
 from planner.cli.run_jsonl import open_results
 from planner.cli.run_pipeline import groups_asked, refuse_contradictions
-from planner.errors import ConstraintError
 from planner.plan import Plan
+from planner.stage_costs import groups_for, planned_schedule
+
+QUESTIONS = ("--input", "FILE.jsonl", "--output", "FILE.jsonl")
+NUM_CHARTED_TOKENS = 32
+"""Of each answer: more would only make every letter of a prompt too narrow to be seen."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Start the processes of a plan on one host, or say how they are started on several."""
+    """Start the processes of a plan on one host, or say how they are started."""
     arguments = _parser().parse_args(argv)
-    if not arguments.program:
-        raise ConstraintError("launch what? MODEL --input FILE.jsonl --output FILE.jsonl, or a SCRIPT.py of yours")
     plan = Plan.load(arguments.plan)
+    if not arguments.program:
+        _describe(plan, arguments)
+        return 0
     is_script = arguments.program[0].endswith(".py")
     # Wrong arguments are found before processes start, and so is that there is nothing left to do.
     asked = None if is_script else _asked(plan, arguments)
+    if not _has_first_stage(plan, arguments.host):
+        asked = None
     if asked is not None and _nothing_is_left(asked):
         return 0
     # C++ parts of torch that end with another host's processes would say so over many lines.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from runtime.pipeline.launcher import host_commands, launch, program_of
 
     program = program_of(arguments.program, arguments.plan)
     if len(plan.machine.hosts) > 1 and arguments.host is None:
-        for host, command in host_commands(plan, program, arguments.rendezvous).items():
-            print(f"# on {host}\n{command}")
+        _print_commands(host_commands(plan, program, arguments.rendezvous))
         return 0
     if arguments.host is not None:
         program = [*program, "--host", arguments.host]
@@ -42,15 +49,47 @@ def run(argv: Sequence[str]) -> int:
     return code if code or asked is None else _code_of_answers(asked)
 
 
+def _describe(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Print who would work when, and what starts it."""
+    from runtime.pipeline.launcher import host_commands, program_of
+
+    groups = groups_for(plan)
+    num_tokens = min(plan.workload.new_tokens, NUM_CHARTED_TOKENS)
+    print(f"{len(plan.stages)} stages, {groups.num_slots} groups of {groups.batch_size} in flight")
+    schedule = planned_schedule(plan, groups, 2 * groups.num_slots, num_tokens)
+    if schedule is None:
+        print("No chart: a size alone has no speed. Plan for GPU models, such as --gpus rtx4090,l4.")
+    else:
+        print(f"Planned for {2 * groups.num_slots} groups of {num_tokens} new tokens: # pictures, A prompts, a tokens")
+        print(schedule.chart())
+    program = program_of([plan.model.name, *QUESTIONS], arguments.plan)
+    _print_commands(host_commands(plan, program, arguments.rendezvous))
+    if len(plan.machine.hosts) == 1:
+        print(f"# the same\n{shlex.join(['plan-devices', 'launch', str(arguments.plan), plan.model.name, *QUESTIONS])}")
+
+
+def _print_commands(commands: Mapping[str, str]) -> None:
+    for host, command in commands.items():
+        print(f"# on {host or 'this host'}\n{command}")
+
+
+def _has_first_stage(plan: Plan, host: str | None) -> bool:
+    """Whether questions are read and answers are written on this host."""
+    return host is None or str(plan.stages[0].device).startswith(f"{host}/")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = options.Parser(
         prog="plan-devices launch",
         description="Run PLAN with one process per stage: MODEL and what `plan-devices run` takes, or a script with "
-        "runtime.pipeline.Pipeline in it. For several hosts the command of each is printed.",
-        usage="%(prog)s [--host NAME --rendezvous HOST:PORT] PLAN (MODEL --input FILE --output FILE | SCRIPT.py) ...",
+        "runtime.Pipeline in it. For several hosts the command of each is printed. PLAN alone prints who "
+        "would work when, and the commands.",
+        usage="%(prog)s [--host NAME --rendezvous HOST:PORT] PLAN [MODEL --input FILE --output FILE | SCRIPT.py] ...",
     )
     parser.add_argument("--host", metavar="NAME", help="start this host's processes of a plan over several")
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where hosts meet, such as the first one's address")
+    parser.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="where hosts meet: an address of the plan's first host"
+    )
     parser.add_argument("plan", type=Path, metavar="PLAN", help="made by plan-devices")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="...")
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from planner.cli.run_jsonl import Results, open_results, question_of, said
 from planner.errors import ConstraintError, PlannerError
 from planner.plan import Plan
 from planner.schedule import Schedule, costs_of, simulate
-from planner.stage_costs import Groups, groups_for
+from planner.stage_costs import Groups, groups_for, refuse_unplanned_groups
 
 if TYPE_CHECKING:
     from runtime.pipeline.pipeline import Pipeline
@@ -24,6 +25,8 @@ Say = Callable[[str], None]
 
 def run_stage(arguments: argparse.Namespace) -> int:
     """Load one stage and serve. What ends the job is said once, by the watch; failed questions are in the file."""
+    # Until the watch begins: every process of the job is interrupted at once, and who started them says so.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from runtime.pipeline.launched import Launched
     from runtime.pipeline.pipeline import Pipeline
     from runtime.pipeline.places import own_stage
@@ -87,15 +90,15 @@ def _answer(pipeline: Pipeline, results: Results | None, arguments: argparse.Nam
 def groups_asked(plan: Plan, arguments: argparse.Namespace) -> Groups:
     """How many groups of how many questions are in flight: as asked, else as the plan's estimate finds best.
 
-    Raises: ConstraintError for a group beyond the planned batch.
+    Raises: ConstraintError for a group beyond the planned batch, or more groups than fit.
     """
     found = groups_for(plan)
-    if (arguments.group_size or 1) > plan.workload.batch_size:
-        raise ConstraintError(
-            f"--group-size {arguments.group_size}: the plan is for {plan.workload.batch_size} at once. Plan again with "
-            f"--batch-size {arguments.group_size}"
-        )
-    return Groups(num_slots=arguments.groups or found.num_slots, batch_size=arguments.group_size or found.batch_size)
+    asked = Groups(
+        num_slots=found.num_slots if arguments.groups is None else arguments.groups,
+        batch_size=found.batch_size if arguments.group_size is None else arguments.group_size,
+    )
+    refuse_unplanned_groups(plan, asked)
+    return asked
 
 
 def _asked(results: Results) -> Iterator[Asked]:

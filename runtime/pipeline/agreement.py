@@ -10,7 +10,7 @@ from pathlib import Path
 
 from planner.errors import PlanMismatchError
 from planner.plan import Plan
-from runtime.pipeline.watch import Member
+from runtime.pipeline.members import Member, by_stage
 from vlm.checkpoint import Checkpoint
 from vlm.versions import installed_versions
 
@@ -38,24 +38,39 @@ def terms_of(plan: Plan, checkpoint: Checkpoint | None, problem: str = "") -> Te
     )
 
 
+class DisagreementError(PlanMismatchError):
+    """What all processes find out together, and none of them alone has done."""
+
+
 def refuse_disagreement(terms: Sequence[Terms], members: Sequence[Member]) -> None:
-    """Raise PlanMismatchError when processes have other terms than the first stage's, or cannot take part."""
-    problems = [f"{member}: {one.problem}" for member, one in zip(members, terms, strict=True) if one.problem]
-    if problems:
-        raise PlanMismatchError(f"not every process can take part. {' '.join(problems)}")
-    first = min(range(len(members)), key=lambda position: members[position].stage)
+    """Raise DisagreementError when processes have other terms than the first stage's, or cannot take part.
+
+    `terms` are by rank, as `members` are.
+    """
+    _refuse_problems(terms, members)
+    first = by_stage(members)[0]
     for part in (field.name for field in fields(Terms)):
-        expected = getattr(terms[first], part)
-        others = [
-            f"{member} has {getattr(one, part)}"
-            for member, one in zip(members, terms, strict=True)
-            if getattr(one, part) != expected
-        ]
+        found = {member: getattr(terms[member.rank], part) for member in by_stage(members)}
+        others = [f"{member} has {value}" for member, value in found.items() if value != found[first]]
         if others:
-            raise PlanMismatchError(
-                f"the processes have different {part}: {members[first]} has {expected}, {'; '.join(others)}. "
-                f"Every process needs the same plan, checkpoint and versions."
+            raise DisagreementError(
+                f"the processes have different {part}: {first} has {found[first]}, {'; '.join(others)}. "
+                "Every process needs the same plan, checkpoint and versions"
             )
+
+
+def _refuse_problems(terms: Sequence[Terms], members: Sequence[Member]) -> None:
+    """Raise DisagreementError with the problems that processes have found: each once, with who has it."""
+    who: dict[str, list[Member]] = {}
+    for member in by_stage(members):
+        if terms[member.rank].problem:
+            who.setdefault(terms[member.rank].problem.rstrip("."), []).append(member)
+    if who:
+        told = [
+            problem if len(some) == len(members) else f"{' and '.join(map(str, some))}: {problem}"
+            for problem, some in who.items()
+        ]
+        raise DisagreementError(". ".join(told))
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:

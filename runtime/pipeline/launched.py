@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from planner.errors import ConstraintError
+from planner.errors import ConstraintError, MachineError
+from runtime.pipeline.network import interface_towards
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-START_TIMEOUT = timedelta(minutes=2)
-"""To find each other: processes of one job start within seconds, but import torch on busy machines."""
+STORE_TIMEOUT = timedelta(seconds=30)
+"""To reach the launcher's store, which is there before it starts a process."""
+MESSAGE_TIMEOUT = timedelta(hours=2)
+"""Longer than any step takes: who hangs is found out by the watch, and much sooner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,25 +60,38 @@ class Launched:
             ) from problem
 
 
-def join(launched: Launched, device: torch.device, timeout: timedelta) -> tuple[dist.Store, dist.ProcessGroup]:
-    """The job's store, and the process group over the host; the default group sends between GPUs where there are any.
+def store_of(launched: Launched) -> dist.Store:
+    """The job's store, which torchrun keeps. A process may join again after it has left.
 
-    `timeout` is the longest wait for a message. A process may join again after it has left.
+    Raises: MachineError when nobody answers there.
     """
-    if launched.address in LOOPBACK and sys.platform == "linux":
-        # gloo would take the interface of the host's name, which others can reach.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    found, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-    # What an earlier job of these processes has left there is not this one's.
-    number = found.add(f"plan-devices/joined/{rank}", 1)
-    store = dist.PrefixStore(f"plan-devices/{number}", found)
+    interface = interface_towards(launched.address) if sys.platform == "linux" else None
+    if interface is not None:
+        # gloo would take the interface of the host's name: others reach it though they need not, or cannot reach it.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    try:
+        found, rank, _ = next(dist.rendezvous("env://", timeout=STORE_TIMEOUT))
+        # What an earlier job of these processes has left there is not this one's.
+        number = found.add(f"plan-devices/joined/{rank}", 1)
+    except (RuntimeError, dist.DistError) as problem:
+        raise MachineError(f"the launcher's store at {launched.address} does not answer: {problem}") from problem
+    return dist.PrefixStore(f"plan-devices/{number}", found)
+
+
+def words_group(launched: Launched, store: dist.Store) -> dist.ProcessGroup:
+    """The process group of all stages over the host, which is torch's default group."""
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
+        backend="gloo", store=store, rank=launched.rank, world_size=launched.world_size, timeout=MESSAGE_TIMEOUT
     )
-    words = dist.new_group(backend="gloo", timeout=timeout)
-    assert words is not None, "a group of all ranks holds this one"
-    return store, words
+    group = dist.group.WORLD
+    assert group is not None, "it has just been made"
+    return group
+
+
+def values_group(device: torch.device, words: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The process group that tensors on `device` are sent in: between GPUs where there are any, else over the host."""
+    if device.type != "cuda":
+        return words
+    group = dist.new_group(backend="nccl", timeout=MESSAGE_TIMEOUT)
+    assert group is not None, "a group of all ranks holds this one"
+    return group

@@ -6,42 +6,55 @@ import json
 import logging
 import os
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch.distributed as dist
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from planner.errors import ConstraintError, MachineError
+from planner.errors import ConstraintError, MachineError, SourceError
 from planner.plan import Plan
-from runtime.pipeline.launched import LOOPBACK
+from runtime.pipeline.network import LOOPBACK, own_address
 from runtime.pipeline.places import stages_on
-from runtime.pipeline.watch import EXIT_CODE, INTERRUPTED, PipelineError
+from runtime.pipeline.watch import EXIT_CODE, INTERRUPTION, PipelineError
 
 SHUTDOWN_S = 5
 """How long torchrun lets processes end by themselves; its own default of 30 s would outlast the job by as much."""
 PORT = 29400
 
 
-def torchrun_arguments(plan: Plan, program: Sequence[str], host: str, rendezvous: str | None) -> list[str]:
+def torchrun_arguments(
+    plan: Plan,
+    program: Sequence[str],
+    host: str,
+    rendezvous: str | None,
+    local_address: str | None = None,
+) -> list[str]:
     """What torchrun is told on a host: as many processes as the plan has stages there, running `program`.
 
-    `program` is a script, or `-m` and a module, with arguments. `rendezvous` is where hosts meet, `HOST:PORT`; None for
-    a plan of one host, which stays on the loopback interface.
+    `program` is a script, or `-m` and a module, with arguments. `rendezvous` is where hosts meet, `HOST:PORT` of the
+    plan's first host; None for a plan of one host, which stays on the loopback interface. `local_address` is where
+    others reach this host, None for what its name stands for.
     """
-    num_hosts = len(plan.machine.hosts)
+    hosts = plan.machine.hosts
     endpoint = rendezvous or f"{LOOPBACK[0]}:0"
-    # Else torchrun lets processes meet under the host's own name, on an interface that others can reach.
-    local = ["--local-addr", LOOPBACK[0]] if endpoint.rpartition(":")[0] in LOOPBACK else []
+    # Else torchrun lets processes meet under the host's own name, which others cannot reach, or need not.
+    local = ["--local-addr", local_address] if local_address else []
+    # Else torchrun compares the address with this host's name, and nobody keeps the store where they differ.
+    keeper = ["--rdzv-conf", f"is_host={int(host == hosts[0])}"] if len(hosts) > 1 else []
     return [
-        *("--nnodes", str(num_hosts)),
+        *("--nnodes", str(len(hosts))),
         *("--nproc-per-node", str(len(stages_on(plan, host)))),
         *("--rdzv-backend", "c10d"),
         *("--rdzv-id", f"plan-devices-{plan.fingerprint}"),
         *("--rdzv-endpoint", endpoint),
+        *keeper,
         *local,
         *("--max-restarts", "0"),
         *("--shutdown-timeout", str(SHUTDOWN_S)),
@@ -51,36 +64,63 @@ def torchrun_arguments(plan: Plan, program: Sequence[str], host: str, rendezvous
 
 def host_commands(plan: Plan, program: Sequence[str], rendezvous: str | None) -> dict[str, str]:
     """The command line for every host of a plan."""
-    where = rendezvous or f"{plan.machine.hosts[0]}:{PORT}"
-    return {
-        host: shlex.join(["torchrun", *torchrun_arguments(plan, [*program, "--host", host], host, where)])
-        for host in plan.machine.hosts
-    }
+    hosts = plan.machine.hosts
+    if len(hosts) == 1:
+        return {hosts[0]: _command(torchrun_arguments(plan, program, hosts[0], None, LOOPBACK[0]))}
+    where = rendezvous or f"{hosts[0]}:{PORT}"
+    return {host: _command(torchrun_arguments(plan, [*program, "--host", host], host, where)) for host in hosts}
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["torchrun", *arguments])
 
 
 def launch(plan: Plan, program: Sequence[str], host: str | None = None, rendezvous: str | None = None) -> int:
     """Run a plan's processes of this host to their end; their exit code, which is the same for all.
 
-    Raises: MachineError for a host that the plan does not have; ConstraintError for several hosts without a place to
-    meet; PipelineError when processes ended before they could say why.
+    Raises: MachineError for a host that the plan does not have, or when hosts do not find each other; ConstraintError
+    for several hosts without a place to meet; SourceError for a script that is not there; PipelineError when processes
+    ended before they could say why.
     """
+    name = _host(plan, host, rendezvous)
+    _refuse_missing_script(program)
+    # Each stage's arithmetic is on its GPU: threads of the host only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    meeting = rendezvous if rendezvous is not None and len(plan.machine.hosts) > 1 else None
+    address = own_address(meeting.rpartition(":")[0]) if meeting else LOOPBACK[0]
+    arguments = torchrun_arguments(plan, program, name, meeting, address)
+    with TemporaryDirectory(prefix="plan-devices-") as folder, _quiet():
+        try:
+            torchrun.run(torchrun.parse_args(["--log-dir", folder, *arguments]))
+        except ChildFailedError as problem:
+            return _exit_code(Path(folder), list(problem.failures.values()))
+        except SignalException as problem:
+            return _exit_code_of_signal(Path(folder), problem.sigval)
+        except (RendezvousError, dist.DistError) as problem:
+            raise MachineError(
+                f"the hosts {', '.join(plan.machine.hosts)} did not find each other at {rendezvous}: "
+                f"{str(problem).partition('.')[0]}. It is an address of {plan.machine.hosts[0]} that each host can "
+                "reach. Start all of them within minutes"
+            ) from problem
+    return 0
+
+
+def _host(plan: Plan, host: str | None, rendezvous: str | None) -> str:
+    """The name of this host in the plan, checked with the place where hosts meet."""
     hosts = plan.machine.hosts
     name = hosts[0] if host is None else host
     if name not in hosts:
         raise MachineError(f"the plan has no host {name!r}: its hosts are {', '.join(hosts) or 'unnamed'}")
     if len(hosts) > 1 and rendezvous is None:
         raise ConstraintError(f"hosts {', '.join(hosts)} need a place to meet: --rendezvous {hosts[0]}:{PORT}")
-    # Each stage's arithmetic is on its GPU: threads of the host only get in each other's way.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arguments = torchrun_arguments(plan, program, name, rendezvous if len(hosts) > 1 else None)
-    with TemporaryDirectory(prefix="plan-devices-") as folder, _quiet():
-        try:
-            torchrun.run(torchrun.parse_args(["--log-dir", folder, *arguments]))
-        except ChildFailedError as problem:
-            return _exit_code(Path(folder), list(problem.failures.values()))
-        except SignalException:
-            return INTERRUPTED
-    return 0
+    if rendezvous is not None and not rendezvous.rpartition(":")[2].isdigit():
+        raise ConstraintError(f"--rendezvous {rendezvous}: write HOST:PORT, such as {hosts[0]}:{PORT}")
+    return name
+
+
+def _refuse_missing_script(program: Sequence[str]) -> None:
+    if program[0].endswith(".py") and not Path(program[0]).is_file():
+        raise SourceError(f"script {program[0]} cannot be read: there is no such file")
 
 
 @contextmanager
@@ -106,10 +146,9 @@ def _exit_code(folder: Path, failures: Sequence[ProcessFailure]) -> int:
 
     Raises: PipelineError when a process ended without a word.
     """
-    for path in folder.rglob("error.json"):
-        content = json.loads(path.read_text())
-        if EXIT_CODE in content:
-            return int(content[EXIT_CODE])
+    told = _told(folder)
+    if told is not None:
+        return told
     first = min(failures, key=lambda failure: failure.timestamp)
     if first.exitcode > 0:
         return first.exitcode
@@ -119,3 +158,26 @@ def _exit_code(folder: Path, failures: Sequence[ProcessFailure]) -> int:
     )
     problem.is_reported = False
     raise problem
+
+
+def _exit_code_of_signal(folder: Path, number: signal.Signals) -> int:
+    """The code of a job that a signal to this process has ended.
+
+    Raises: PipelineError when no process has said so.
+    """
+    code = 128 + number
+    if _told(folder) is None:
+        problem = PipelineError(INTERRUPTION if number == signal.SIGINT else f"ended by {number.name}")
+        problem.is_reported = False
+        problem.exit_code = code
+        raise problem
+    return code
+
+
+def _told(folder: Path) -> int | None:
+    """The exit code that goes with what a process of this host has said; None where none has."""
+    for path in folder.rglob("error.json"):
+        content = json.loads(path.read_text())
+        if EXIT_CODE in content:
+            return int(content[EXIT_CODE])
+    return None

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
 
 from planner.errors import MachineError
 from planner.paths import owner
-from planner.plan import Plan
+from planner.plan import DeviceKey, Plan
 from planner.units import format_bytes
 from runtime.atoms import find_atoms
 from runtime.pipeline.cut import Part
@@ -30,13 +31,17 @@ def stage_map(skeleton: nn.Module, part: Part, device: torch.device) -> dict[str
 
 
 def load_stage(
-    skeleton: PreTrainedModel, checkpoint: Checkpoint, device_map: Mapping[str, torch.device], on_bytes: OnBytes
+    skeleton: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device_map: Mapping[str, torch.device],
+    on_bytes: OnBytes,
+    quantiser: HfQuantizer | None = None,
 ) -> None:
     """Fill the stage's part of `skeleton`. What other stages hold keeps its size, dtype and device, in no memory.
 
     Raises: as `load_weights` does.
     """
-    load_weights(skeleton, checkpoint, device_map, on_bytes)
+    load_weights(skeleton, checkpoint, device_map, on_bytes, quantiser)
     device = next((device for device in device_map.values() if device != META), torch.device("cpu"))
     blanks: dict[int, nn.Parameter] = {}
     for name, parameter in list(skeleton.named_parameters(remove_duplicate=False)):
@@ -50,22 +55,38 @@ def load_stage(
             module._buffers[leaf] = _blank(buffer, device)
 
 
-def held_bytes(skeleton: nn.Module, device_map: Mapping[str, torch.device]) -> int:
-    """Bytes of the parameters that a stage holds, shared ones once."""
+def unplanned_bytes(skeleton: nn.Module, plan: Plan, device: DeviceKey, device_map: Mapping[str, torch.device]) -> int:
+    """Bytes of the parameters that a stage holds and that the plan has on other devices alone, such as a tied head's.
+
+    Shared ones count once; where the plan has one of their names on `device`, not at all.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    def is_unplanned(of_it: list[str]) -> bool:
+        is_held = any(device_of(name, device_map) != META for name in of_it)
+        return is_held and all(plan.placement[owner(name, plan.placement) or ""] != device for name in of_it)
+
     return sum(
         parameter.numel() * parameter.element_size()
-        for name, parameter in skeleton.named_parameters()
-        if device_of(name, device_map) != META
+        for _, parameter in skeleton.named_parameters()
+        if is_unplanned(names[id(parameter)])
     )
 
 
-def refuse_unplanned_bytes(plan: Plan, stage: int, num_bytes: int, moved: Mapping[str, tuple[int, int]]) -> None:
+def refuse_unplanned_bytes(
+    skeleton: nn.Module,
+    plan: Plan,
+    stage: int,
+    device_map: Mapping[str, torch.device],
+    moved: Mapping[str, tuple[int, int]],
+) -> None:
     """Raise MachineError when what a stage holds beyond its plan, such as a tied head's copy, does not fit."""
     device = plan.stages[stage].device
-    planned = plan.memory[device]
     position = list(plan.memory).index(device)
-    room = plan.machine.devices[position].memory_bytes - planned.total_bytes
-    more = num_bytes - planned.weights_bytes
+    room = plan.machine.devices[position].memory_bytes - plan.memory[device].total_bytes
+    more = unplanned_bytes(skeleton, plan, device, device_map)
     if more > room:
         why = ", ".join(name for name, (_, target) in moved.items() if target == stage) or "what it reads of others"
         raise MachineError(

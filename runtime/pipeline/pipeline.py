@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +15,24 @@ from transformers import PreTrainedModel
 from planner.errors import PlannerError
 from planner.plan import Plan
 from planner.schedule import Schedule, Task
-from planner.stage_costs import Groups, groups_for
+from planner.stage_costs import Groups, groups_for, refuse_unplanned_groups
 from runtime.answers import Sampling
 from runtime.load import generation_config_of
-from runtime.pipeline.agreement import Terms, refuse_disagreement, terms_of
+from runtime.pipeline.agreement import DisagreementError, Terms, refuse_disagreement, terms_of
 from runtime.pipeline.clock import Clock
-from runtime.pipeline.cut import Cut, Part, cut
+from runtime.pipeline.cut import Cut, cut
 from runtime.pipeline.engine import Batch, Engine, Finished, Order
 from runtime.pipeline.flows import follow, refuse_uncut
-from runtime.pipeline.launched import Launched, join
-from runtime.pipeline.loading import held_bytes, load_stage, refuse_unplanned_bytes, stage_map
-from runtime.pipeline.places import device_of_stage, own_stage, torch_device
+from runtime.pipeline.launched import Launched, store_of, values_group, words_group
+from runtime.pipeline.loading import load_stage, refuse_unplanned_bytes, stage_map
+from runtime.pipeline.members import by_stage, roll_call, this_member
+from runtime.pipeline.places import own_stage, torch_device
 from runtime.pipeline.requests import Answered, Asked, Desk
 from runtime.pipeline.stage import StageModel
 from runtime.pipeline.transport import Transport
-from runtime.pipeline.watch import SILENCE_S, Member, Watch
-from runtime.readiness import refuse_full_devices, refuse_other_model, refuse_quantised
+from runtime.pipeline.watch import SILENCE_S, Watch
+from runtime.quantised import quantiser_for
+from runtime.readiness import refuse_full_devices, refuse_other_model, refuse_stored_quantised
 from runtime.rehearsal import inputs_of
 from runtime.sources import local_checkpoint, model_to_load, stored_weights
 from runtime.steps import forward_and_decode
@@ -43,8 +42,6 @@ from vlm.model import Model
 from vlm.prompting import Question, prompter_for
 from vlm.skeleton import build_skeleton
 
-MESSAGE_TIMEOUT = timedelta(hours=2)
-"""Longer than any step takes: who hangs is found out by the watch, and much sooner."""
 EXAMPLE: dict[str, Any] = {"batch_size": 1, "prompt_tokens": 48, "image_size": None, "max_model_len": None}
 """The request on which flows are followed, with a picture where the model sees: what flows where depends on no size."""
 
@@ -76,15 +73,17 @@ class Pipeline:
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         launched = Launched.from_environment()
         self.stage = own_stage(self.plan, launched, host)
-        on_gpu = devices is None
-        store, self._words = join(launched, torch.device("cuda" if on_gpu else "cpu"), MESSAGE_TIMEOUT)
-        self._members = self._introduced(launched)
-        self._watch = Watch(
-            store, self._me(launched), self._members, silence_s=silence_s, error_file=launched.error_file
-        )
+        store, me = store_of(launched), this_member(self.plan, self.stage, launched)
+        self._members = roll_call(store, me, launched.world_size)
+        self._watch = Watch(store, me, self._members, silence_s=silence_s, error_file=launched.error_file)
         self._watch.start()
         with self._watch.guarded():
-            self._load(source or self.plan.model.name, devices, hub or Hub())
+            self._words = words_group(launched, store)
+            try:
+                self._load(source or self.plan.model.name, devices, hub or Hub())
+            except DisagreementError:
+                dist.destroy_process_group()
+                raise
 
     @property
     def is_first(self) -> bool:
@@ -116,6 +115,7 @@ class Pipeline:
         with self._watch.guarded():
             prompter = prompter_for(self._folder, self._architecture)
         chosen = groups or groups_for(self.plan)
+        refuse_unplanned_groups(self.plan, chosen)
         desk = Desk(self.plan, self.model.skeleton, prompter, sampling)
         batches = desk.batches(asked, chosen.batch_size)
         for finished in self.generate_batches(batches, desk.options(), chosen.num_slots):
@@ -156,6 +156,7 @@ class Pipeline:
     def close(self) -> None:
         """Leave the job: all stages have done what was asked."""
         with self._watch.guarded():
+            self._watch.refuse_abandoned()
             dist.barrier(group=self._words)
         self._watch.leave()
         dist.destroy_process_group()
@@ -163,114 +164,96 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _: object) -> None:
+        if problem is None:
             self.close()
-
-    def _me(self, launched: Launched) -> Member:
-        return next(member for member in self._members if member.rank == launched.rank)
-
-    def _introduced(self, launched: Launched) -> list[Member]:
-        """All processes of the job, by rank."""
-        me = Member(
-            rank=launched.rank,
-            stage=self.stage,
-            device=device_of_stage(self.plan, self.stage).name,
-            host=socket.gethostname(),
-            agent=launched.agent,
-            pid=os.getpid(),
-        )
-        everybody: list[Any] = [None] * launched.world_size
-        dist.all_gather_object(everybody, me, group=self._words)
-        return everybody
+        elif not getattr(problem, "is_reported", False):
+            with self._watch.guarded():
+                raise problem
 
     def _load(self, source: str | Path, devices: str | None, hub: Hub) -> None:
-        model, checkpoint = self._agreed(source, hub)
-        dtype = getattr(torch, self.plan.workload.dtype)
+        model, checkpoint, device = self._agreed(source, devices, hub)
+        self._folder, self._architecture = checkpoint.folder, model.architecture
         self._watch.doing("building the model")
+        dtype = getattr(torch, self.plan.workload.dtype)
         skeleton = build_skeleton(model, dtype=dtype, attention=self.plan.workload.attention)
         refuse_other_model(self.plan, model, skeleton, str(checkpoint.folder))
         refuse_uncut(skeleton)
         found = self._cut(model, skeleton)
         skeleton.generation_config = generation_config_of(checkpoint.folder, skeleton)
-        self._folder, self._architecture = checkpoint.folder, model.architecture
-        device = torch_device(self.plan, self.stage, devices)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        refuse_full_devices(self.plan, {self.plan.stages[self.stage].device: device})
-        self._watch.doing("loading weights")
-        self._read(skeleton, checkpoint, found, device)
-        ranks = [member.rank for member in sorted(self._members, key=lambda member: member.stage)]
-        self._clock = Clock(stage=self.stage)
-        transport = Transport(
-            stage=self.stage,
-            ranks=ranks,
-            device=device,
-            values=dist.group.WORLD,
-            words=self._words,
-            on_wait=self._waits,
-        )
-        self.model = StageModel(skeleton, found, self.stage, transport)
-        self._time_pictures(found.parts[self.stage])
-        self._engine = Engine(
-            model=self.model,
-            transport=transport,
-            clock=self._clock,
-            inputs_needed=[part.inputs for part in found.parts],
-            doing=self._watch.doing,
-        )
+        self._num_read_bytes = self._read(skeleton, checkpoint, found, device)
+        self._watch.doing("connecting the stages")
+        self._engine = self._connected(skeleton, found, device)
         dist.barrier(group=self._words)
         self._clock.start()
 
-    def _agreed(self, source: str | Path, hub: Hub) -> tuple[Model, Checkpoint]:
-        """The model and its checkpoint, which are everybody's."""
+    def _agreed(self, source: str | Path, devices: str | None, hub: Hub) -> tuple[Model, Checkpoint, torch.device]:
+        """The model and its checkpoint, which are everybody's, and the device of this stage."""
         self._watch.doing("comparing plans and checkpoints")
-        problem, model, checkpoint = "", None, None
+        problem, model, checkpoint, device = "", None, None, None
         try:
+            device = torch_device(self.plan, self.stage, devices)
             model = model_to_load(source, hub)
             checkpoint = local_checkpoint(stored_weights(model), hub)
-            refuse_quantised(model, self.plan)
+            refuse_stored_quantised(model)
         except PlannerError as refusal:
             problem = str(refusal)
         everybody: list[Any] = [None] * len(self._members)
         mine: Terms = terms_of(self.plan, checkpoint, problem)
         dist.all_gather_object(everybody, mine, group=self._words)
         refuse_disagreement(everybody, self._members)
-        assert model is not None and checkpoint is not None, "a process without either has said so"
-        return model, checkpoint
+        assert model is not None and checkpoint is not None and device is not None, "who lacks one has said so"
+        return model, checkpoint, device
 
     def _cut(self, model: Model, skeleton: PreTrainedModel) -> Cut:
         """How the model is cut: found by the first stage, for all."""
         self._watch.doing("finding out what crosses between stages")
-        first = next(member.rank for member in self._members if member.stage == 0)
         shared: list[Any] = [None]
         if self.is_first:
             example = replace(self.plan.workload, **EXAMPLE, num_images=int(model.has_images))
             flows = follow(skeleton, inputs_of(skeleton, example), forward_and_decode())
             shared = [cut(flows, self.plan)]
             gc.collect()
-        dist.broadcast_object_list(shared, src=first, group=self._words)
+        dist.broadcast_object_list(shared, src=by_stage(self._members)[0].rank, group=self._words)
         found: Cut = shared[0]
         return found
 
-    def _read(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, found: Cut, device: torch.device) -> None:
-        self._num_read_bytes = 0
+    def _read(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, found: Cut, device: torch.device) -> int:
+        """Bytes of weights that this process has read, all of its stage."""
+        self._watch.doing("loading weights")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        refuse_full_devices(self.plan, {self.plan.stages[self.stage].device: device})
         device_map = stage_map(skeleton, found.parts[self.stage], device)
-        refuse_unplanned_bytes(self.plan, self.stage, held_bytes(skeleton, device_map), found.moved)
+        refuse_unplanned_bytes(skeleton, self.plan, self.stage, device_map, found.moved)
+        read: list[int] = []
+        load_stage(skeleton, checkpoint, device_map, read.append, quantiser_for(skeleton, self.plan, None, device_map))
+        return sum(read)
 
-        def count(num_bytes: int) -> None:
-            self._num_read_bytes += num_bytes
-
-        load_stage(skeleton, checkpoint, device_map, count)
-
-    def _time_pictures(self, part: Part) -> None:
-        """Let the clock tell work on pictures from the rest of a prompt: it ends where the decoder layers begin."""
+    def _connected(self, skeleton: PreTrainedModel, found: Cut, device: torch.device) -> Engine:
+        part = found.parts[self.stage]
+        transport = Transport(
+            stage=self.stage,
+            ranks=[member.rank for member in by_stage(self._members)],
+            device=device,
+            values=values_group(device, self._words),
+            words=self._words,
+            on_wait=self._waits,
+        )
+        self.model = StageModel(skeleton, found, self.stage, transport)
+        self._clock = Clock(stage=self.stage, has_pictures_alone=bool(part.inputs) and part.first_layer is None)
         if part.inputs and part.first_layer is not None:
-            layer = self.model.skeleton.get_submodule(part.first_layer)
+            # Work on pictures ends where the decoder layers begin.
+            layer = skeleton.get_submodule(part.first_layer)
             layer.register_forward_pre_hook(lambda *_: self._clock.pictures_are_done())
-        self._clock.has_pictures_alone = bool(part.inputs) and part.first_layer is None
+        return Engine(
+            model=self.model,
+            transport=transport,
+            clock=self._clock,
+            inputs_needed=[part.inputs for part in found.parts],
+            doing=self._watch.doing,
+        )
 
     def _waits(self, stage: int | None) -> None:
         self._clock.wait(stage)
-        member = next((member for member in self._members if member.stage == stage), None)
-        self._watch.waits_for(member.rank if member else None)
+        self._watch.waits_for(None if stage is None else by_stage(self._members)[stage].rank)

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,9 @@ from threading import Event, Thread, current_thread, main_thread
 import torch
 import torch.distributed as dist
 
-from planner.errors import PlannerError
+from planner.errors import ConstraintError, PlannerError
+from runtime.pipeline.agreement import DisagreementError
+from runtime.pipeline.members import Member
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
@@ -34,31 +36,17 @@ LOCKED_FACTOR = 6
 WAITING = "waiting"
 FAREWELL_S = 2.0
 """How long a process that has seen a fault stays, so that others find it in the store, which may go with the first."""
-INTERRUPTED = 130
+INTERRUPTION, INTERRUPTED = "interrupted", 130
 EXIT_CODE = "exit_code"
 """The job's exit code in the file that torchrun keeps of a process's failure."""
 _FAULT, _BEAT, _DONE = "fault", "beat", "done"
+_UNREAD = "the answers were not read to the end: read them all, or ask fewer questions"
 
 
 class PipelineError(PlannerError):
     """The job has ended: a process died, hung or ran out of memory. The message says which, and has been printed."""
 
     is_reported = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """One process of the job: its rank and stage, the device it drives, and where it runs."""
-
-    rank: int
-    stage: int
-    device: str
-    host: str
-    agent: int
-    pid: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, stage {self.stage} on {self.device}, process {self.pid} of {self.host}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +93,7 @@ class Watch:
         self._signals = SignalSocket()
         self._thread = Thread(target=self._run, name="pipeline watch", daemon=True)
         self._waits_for: int | None = None
+        self._abandoned_since: float | None = None
 
     def start(self) -> None:
         """Begin to beat and to look."""
@@ -140,12 +129,19 @@ class Watch:
             raise PipelineError(
                 str(self._fail(f"out of memory while {self._doing}: {_first_line(problem)}"))
             ) from problem
+        except DisagreementError as problem:
+            # All processes have found the same, and none is to be ended: the first one says it.
+            if self._me.stage == 0:
+                self._say(str(problem), problem.exit_code)
+            problem.is_reported = True
+            self.leave()
+            raise
         except PlannerError as problem:
             self._fail(str(problem), exit_code=problem.exit_code)
             problem.is_reported = True
             raise
         except KeyboardInterrupt as problem:
-            error = PipelineError(str(self._fail("interrupted", exit_code=INTERRUPTED)))
+            error = PipelineError(str(self._fail(INTERRUPTION, exit_code=INTERRUPTED)))
             error.exit_code = INTERRUPTED
             raise error from problem
         except (RuntimeError, OSError) as problem:
@@ -154,14 +150,24 @@ class Watch:
                 raise
             raise PipelineError(str(self._explained(problem))) from problem
         except GeneratorExit:
-            self._fail("the answers were not read to the end: read them all, or ask fewer questions")
+            # An exception on its way to whoever guards it closes the generators that it passes, too.
+            self._abandoned_since = time.monotonic()
             raise
         except BaseException as problem:
             self._fail(f"{type(problem).__name__} while {self._doing}: {_first_line(problem)}")
             raise
 
     def _fail(self, cause: str, *, exit_code: int = 1) -> Fault:
-        return self._report(Fault(member=str(self._me), cause=cause, exit_code=exit_code))
+        return self._report(self._fault(cause, exit_code=exit_code))
+
+    def _fault(self, cause: str, *, member: Member | None = None, exit_code: int = 1) -> Fault:
+        """A fault of this process, or of another one that it has found."""
+        return Fault(member=str(member or self._me), cause=cause, exit_code=exit_code)
+
+    def refuse_abandoned(self) -> None:
+        """Raise ConstraintError when answers were left unread: other stages wait for what will not come."""
+        if self._abandoned_since is not None:
+            raise ConstraintError(_UNREAD)
 
     def _explained(self, problem: BaseException) -> Fault:
         """Why a message did not come: what the watch finds out, or else that the connection broke."""
@@ -172,7 +178,7 @@ class Watch:
             return self._over
         assert self._waits_for is not None
         cause = f"the connection to it broke while {self._doing}: {_first_line(problem)}"
-        return self._report(Fault(member=str(self._members[self._waits_for]), cause=cause))
+        return self._report(self._fault(cause, member=self._members[self._waits_for]))
 
     def _report(self, fault: Fault) -> Fault:
         """Let `fault` be the job's, unless another was first; the one that is. It is printed once."""
@@ -184,12 +190,16 @@ class Watch:
             found = mine
         first = Fault(**json.loads(found))
         if found == mine:
-            sys.stderr.write(f"plan-devices: {first}. The job has ended on every rank.\n")
-            sys.stderr.flush()
-            if self._error_file is not None:
-                self._error_file.write_text(json.dumps({"message": str(first), EXIT_CODE: first.exit_code}))
+            self._say(f"{str(first).rstrip('.')}. The job has ended on every rank", first.exit_code)
         self._over = first
         return first
+
+    def _say(self, text: str, exit_code: int) -> None:
+        """Print why the job ends, and let the launcher know that it has been said."""
+        sys.stderr.write(f"plan-devices: {text.rstrip('.')}.\n")
+        sys.stderr.flush()
+        if self._error_file is not None:
+            self._error_file.write_text(json.dumps({"message": text, EXIT_CODE: exit_code}))
 
     # -- the thread
 
@@ -212,14 +222,22 @@ class Watch:
         if self._over is not None:
             return self._over
         if os.getppid() != self._parent:
-            return Fault(member=str(self._me), cause="the process that started it is gone")
+            return self._orphaned()
+        if self._abandoned_since is not None and time.monotonic() - self._abandoned_since > self._silence_s:
+            return self._fail(_UNREAD, exit_code=ConstraintError.exit_code)
         try:
             self._store.set(f"{_BEAT}/{self._me.rank}", f"{beats} {WAITING if self._waits_for is not None else ''}")
             if self._store.check([_FAULT]):
                 return Fault(**json.loads(self._store.get(_FAULT)))
             return self._dead() or self._silent() or self._locked() or self._asked_to_end()
         except (RuntimeError, dist.DistError):
-            return Fault(member=str(self._me), cause="the launcher's store is gone: another host has ended the job")
+            return self._fault("the launcher's store is gone: another host has ended the job")
+
+    def _orphaned(self) -> Fault:
+        """That the launcher has been killed, and with it the store: the first process of its host says so."""
+        fault = self._fault("the process that started it is gone")
+        siblings = [rank for rank, member in self._members.items() if member.agent == self._me.agent]
+        return self._report(fault) if self._me.rank == min(siblings) else fault
 
     def _dead(self) -> Fault | None:
         """Who of this host has ended without a goodbye."""
@@ -228,7 +246,7 @@ class Watch:
                 del self._handles[rank]
                 if not self._store.check([f"{_DONE}/{rank}"]):
                     cause = "its process died (killed, or crashed)"
-                    return self._report(Fault(member=str(self._members[rank]), cause=cause))
+                    return self._report(self._fault(cause, member=self._members[rank]))
         return None
 
     def _silent(self) -> Fault | None:
@@ -243,7 +261,7 @@ class Watch:
                 self._heard[rank] = (beat, now)
             elif now - since > self._silence_s and not self._store.check([f"{_DONE}/{rank}"]):
                 cause = f"it hangs: no sign of life for {now - since:.0f} s"
-                return self._report(Fault(member=str(self._members[rank]), cause=cause))
+                return self._report(self._fault(cause, member=self._members[rank]))
         return None
 
     def _locked(self) -> Fault | None:
@@ -256,7 +274,7 @@ class Watch:
             self._all_wait_since = now
         elif now - self._all_wait_since > LOCKED_FACTOR * self._silence_s:
             cause = f"all processes wait for each other, this one while {self._doing}: a mistake of plan-devices"
-            return self._report(Fault(member=str(self._me), cause=cause))
+            return self._fail(cause)
         return None
 
     def _asked_to_end(self) -> Fault | None:
@@ -270,8 +288,8 @@ class Watch:
                 return Fault(**json.loads(self._store.get(_FAULT)))
             time.sleep(BEAT_S / 20)
         if number == signal.SIGINT:
-            return self._report(Fault(member=str(self._me), cause="interrupted", exit_code=INTERRUPTED))
-        return self._report(Fault(member=str(self._me), cause=f"asked to end by {signal.Signals(number).name}"))
+            return self._fail(INTERRUPTION, exit_code=INTERRUPTED)
+        return self._fail(f"asked to end by {signal.Signals(number).name}", exit_code=128 + number)
 
     def _end(self, fault: Fault) -> None:
         """Leave with the whole process: its main thread may wait for what will never come."""
@@ -306,6 +324,9 @@ class SignalSocket:
         self.received: int | None = None
         self._is_set = current_thread() is main_thread()
         if self._is_set:
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+                # What the system does by itself reaches no socket.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
 
@@ -333,9 +354,13 @@ class SignalSocket:
 
 def _handles(me: Member, members: Sequence[Member]) -> dict[int, int]:
     """Handles of the other processes of this host, which stay those processes' even when a number is used again."""
-    if not hasattr(os, "pidfd_open"):
-        return {}
-    return {m.rank: os.pidfd_open(m.pid) for m in members if m.agent == me.agent and m.rank != me.rank}
+    handles: dict[int, int] = {}
+    for member in members if hasattr(os, "pidfd_open") else ():
+        if member.agent == me.agent and member.rank != me.rank:
+            # One that has ended by now is found out by its silence.
+            with suppress(ProcessLookupError):
+                handles[member.rank] = os.pidfd_open(member.pid)
+    return handles
 
 
 def _has_ended(handle: int) -> bool:

@@ -95,11 +95,11 @@ def test_a_plan_for_gpus_with_a_speed_says_what_each_stage_costs_and_keeps_it() 
     assert Plan.from_yaml(plan.to_yaml()) == plan
 
 
-def test_a_plan_without_speeds_has_no_costs_and_as_many_groups_as_stages() -> None:
+def test_a_plan_without_speeds_has_no_costs_and_two_groups_a_stage() -> None:
     plan = planned("2x24GiB", 2)
     assert plan.schedule_costs is None
     assert "seconds" not in plan.to_yaml().partition("boundaries:")[0].partition("stages:")[2]
-    assert groups_for(plan).num_slots == 2
+    assert groups_for(plan) == Groups(num_slots=4, batch_size=plan.workload.batch_size)
     assert planned_schedule(plan, groups_for(plan), 4, 8) is None
 
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,11 @@ class Job:
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, *command: str | Path, cwd: Path | None = None) -> Job:
+    def start(cls, *command: str | Path, cwd: Path | None = None, within: Sequence[str] = ()) -> Job:
+        """Python with this command; `within` is what runs it, such as in another network."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [*within, sys.executable, *map(str, command)],
             cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,
@@ -90,21 +91,37 @@ def torchrun(num_processes: int, *program: str | Path) -> Job:
     return Job.start("-m", "torch.distributed.run", *options, "--local-addr", "127.0.0.1", *program)
 
 
-def run_cases(num_processes: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """What came out of each case, all of them in one start of processes."""
-    listed = []
-    for number, case in enumerate(cases):
-        listed.append({**case, "out": str(folder / f"out{number}.json")})
+@dataclass
+class Outcomes:
+    """What came out of each case, by its name and number of stages, and how the job of all of them ended."""
+
+    found: dict[tuple[str, int], dict[str, Any]]
+    code: int
+    err: str
+
+    def __getitem__(self, case: tuple[str, int]) -> dict[str, Any]:
+        assert case in self.found, f"nothing came out of {case}\n{self.err}"
+        return self.found[case]
+
+
+def run_cases(cases: Mapping[tuple[str, int], dict[str, Any]], folder: Path) -> Outcomes:
+    """The outcomes of cases, all of them in one start of as many processes as the largest needs."""
+    outs = {case: folder / f"out{number}.json" for number, case in enumerate(cases)}
     job_file = folder / "job.json"
-    job_file.write_text(json.dumps(listed))
-    code, out, err = torchrun(num_processes, WORKER, job_file).ended()
-    assert code == 0, f"{out}\n{err}"
-    found = []
-    for case in listed:
-        content = json.loads(Path(case["out"]).read_text())
-        content["answers"] = {int(index): ids for index, ids in content["answers"].items()}
-        found.append(content)
-    return found
+    job_file.write_text(json.dumps([{**content, "out": str(outs[case])} for case, content in cases.items()]))
+    code, _, err = torchrun(max(content["num_stages"] for content in cases.values()), WORKER, job_file).ended()
+    found = {}
+    for case, path in outs.items():
+        if path.exists():
+            content = json.loads(path.read_text())
+            content["answers"] = {int(index): ids for index, ids in content.get("answers", {}).items()}
+            found[case] = content
+    return Outcomes(found, code, err)
+
+
+def messages(err: str) -> list[str]:
+    """What this project itself has said."""
+    return [line for line in err.splitlines() if line.startswith("plan-devices:")]
 
 
 def wait_for_lines(path: Path, count: int, job: Job, timeout_s: float = 120) -> None:

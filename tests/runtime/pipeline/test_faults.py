@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import torch.distributed as dist
 
-from planner import Machine, Plan, PlanMismatchError, Workload
-from planner.memory import MemoryBreakdown
+from planner import Machine, MachineError, Plan, PlanMismatchError, Workload
 from runtime.pipeline.agreement import Terms, refuse_disagreement
 from runtime.pipeline.launched import Launched
+from runtime.pipeline.members import Member, roll_call
+from runtime.pipeline.network import interface_towards, own_address
 from runtime.pipeline.places import own_stage
-from runtime.pipeline.watch import Member
-from tests.runtime.pipeline.jobs import WORKER, Job, torchrun, wait_for_lines
-from vlm.internlm_xcomposer2.processing import XComposer2Processor
-from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
+from tests.runtime.pipeline.jobs import Job, messages, wait_for_lines
 from vlm.model import find_model
 from vlm.planning import plan_for
 
 NUM_QUESTIONS = 60
+INTERRUPTED = 130
 WORKLOAD = Workload(dtype="float32", batch_size=2, num_images=1, prompt_tokens=64, new_tokens=16)
 ENDS_WITHIN_S = 30
 
@@ -48,19 +47,17 @@ def launched(folder: Path, checkpoint: Path, plan: Plan) -> Job:
     return Job.start("-m", "planner", "launch", "plan.yaml", checkpoint, *files, *options, cwd=folder)
 
 
-def messages(err: str) -> list[str]:
-    return [line for line in err.splitlines() if line.startswith("plan-devices:")]
-
-
-FAULTS: Mapping[str, tuple[int, int, str]] = {
+FAULTS: Mapping[str, tuple[int | None, int, str]] = {
     "first-killed": (0, signal.SIGKILL, r"its process died"),
     "last-killed": (1, signal.SIGKILL, r"its process died"),
     "first-stopped": (0, signal.SIGSTOP, r"it hangs: no sign of life for 1\d s"),
     "last-stopped": (1, signal.SIGSTOP, r"it hangs: no sign of life for 1\d s"),
+    "interrupted": (None, signal.SIGINT, r"interrupted"),
 }
+"""By name: the rank that is struck, None for all that a terminal's Ctrl-C reaches; the signal, and what is said."""
 
 
-def test_a_process_that_dies_or_hangs_ends_all_and_the_rest_is_answered_later(
+def test_who_dies_hangs_or_is_interrupted_ends_all_and_the_rest_is_answered_later(
     tiny_xcomposer2: Path, plan: Plan, tmp_path: Path
 ) -> None:
     jobs = {name: launched(tmp_path / name, tiny_xcomposer2, plan) for name in FAULTS}
@@ -72,9 +69,10 @@ def test_a_process_that_dies_or_hangs_ends_all_and_the_rest_is_answered_later(
     finally:
         for job in jobs.values():
             job.kill()
-    kept = answered(tmp_path / "last-killed")
-    code, _, err = launched(tmp_path / "last-killed", tiny_xcomposer2, plan).ended()
-    after = answered(tmp_path / "last-killed")
+    folder = tmp_path / "interrupted"
+    kept = answered(folder)
+    code, _, err = launched(folder, tiny_xcomposer2, plan).ended()
+    after = answered(folder)
     assert code == 0, err
     assert [line["index"] for line in after] == list(range(NUM_QUESTIONS))
     assert all(after[line["index"]] == line for line in kept)
@@ -86,7 +84,10 @@ def strike(jobs: Mapping[str, Job], folder: Path) -> dict[str, tuple[float, dict
     for name, (rank, number, _) in FAULTS.items():
         wait_for_lines(folder / name / "a.jsonl", 3, jobs[name])
         ranks = jobs[name].ranks()
-        os.kill(ranks[rank], number)
+        if rank is None:
+            os.killpg(jobs[name].process.pid, number)
+        else:
+            os.kill(ranks[rank], number)
         struck[name] = time.monotonic(), ranks
     return struck
 
@@ -96,64 +97,18 @@ def expect_the_end(name: str, job: Job, since: float, ranks: Mapping[int, int]) 
     rank, _, cause = FAULTS[name]
     code, _, err = job.ended(timeout_s=60)
     assert time.monotonic() - since < ENDS_WITHIN_S, name
-    assert code == 1, err
+    assert code == (INTERRUPTED if rank is None else 1), err
     (message,) = messages(err)
-    assert message.startswith(f"plan-devices: rank {rank}, stage {rank} on cuda:{rank}, process {ranks[rank]} of ")
+    who = rf"rank (\d), stage \1 on cuda:\1, process (?:{'|'.join(map(str, ranks.values()))}) of "
+    if rank is not None:
+        who = f"rank {rank}, stage {rank} on cuda:{rank}, process {ranks[rank]} of "
+    assert re.match(f"plan-devices: {who}", message), message
     assert re.search(cause, message), message
     assert [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()] == []
 
 
 def answered(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
-
-
-def case(folder: Path, checkpoint: Path, plan: Plan, **more: Any) -> Path:
-    """A job file with one case of one question."""
-    plan.save(folder / "plan.yaml")
-    inputs = dict(XComposer2Processor.from_folder(checkpoint)(["question " * 40], [[]]))
-    torch.save([inputs] * 2, folder / "inputs.pt")
-    listed = {
-        "folder": str(checkpoint),
-        "plan": str(folder / "plan.yaml"),
-        "inputs": str(folder / "inputs.pt"),
-        "options": {"max_new_tokens": 4, "do_sample": False},
-        "out": str(folder / "out.json"),
-        **more,
-    }
-    (folder / "job.json").write_text(json.dumps([listed]))
-    return folder / "job.json"
-
-
-def test_a_full_device_ends_all(tiny_xcomposer2: Path, plan: Plan, tmp_path: Path) -> None:
-    """The last stage's virtual GPU holds its weights, and nothing beside them."""
-    devices = list(plan.machine.devices)
-    own = devices[1].context_bytes + devices[1].reserve_bytes
-    weights = plan.memory[1].weights_bytes
-    devices[1] = replace(devices[1], memory_bytes=own + weights + 2**16)
-    blind = replace(
-        plan,
-        machine=replace(plan.machine, devices=tuple(devices)),
-        memory=dict.fromkeys(plan.memory, MemoryBreakdown(weights_bytes=weights)),
-    )
-    code, _, err = torchrun(2, WORKER, case(tmp_path, tiny_xcomposer2, blind, devices="virtual")).ended()
-    (message,) = messages(err)
-    assert code == 1
-    assert "rank 1, stage 1 on cuda:1" in message
-    assert "out of memory while running the prompts of requests 0" in message
-    assert "vgpu:0 has a total capacity" in message
-
-
-def test_another_checkpoint_in_one_process_is_found_before_weights_are_read(
-    tiny_xcomposer2: Path, plan: Plan, tmp_path: Path
-) -> None:
-    sizes = {"num_layers": 6, "hidden_size": 32, "intermediate_size": 96, "vision_layers": 2}
-    other = write_random_checkpoint(tmp_path / "other", dtype="float32", max_shard_bytes=2**17, seed=5, **sizes)
-    job = case(tmp_path, tiny_xcomposer2, plan, folders=[str(tiny_xcomposer2), str(other)])
-    code, _, err = torchrun(2, WORKER, job).ended()
-    (message,) = messages(err)
-    assert code == 1
-    assert "the processes have different checkpoint: rank 0, stage 0 on cuda:0" in message
-    assert "Every process needs the same plan, checkpoint and versions" in message
 
 
 MEMBERS = [
@@ -167,13 +122,39 @@ SAME = Terms(plan="p", checkpoint="c", versions="torch 2")
     [
         (replace(SAME, plan="q"), "different plan: rank 0.* has p, rank 1.* has q"),
         (replace(SAME, versions="torch 3"), "different versions: .* has torch 2, .* has torch 3"),
-        (replace(SAME, problem="there is no folder /models"), "not every process can take part. rank 1.*no folder"),
+        (replace(SAME, problem="there is no folder /models."), "^rank 1, stage 1 .*: there is no folder /models$"),
     ],
 )
 def test_processes_with_other_terms_are_told_apart(other: Terms, text: str) -> None:
     refuse_disagreement([SAME, SAME], MEMBERS)
     with pytest.raises(PlanMismatchError, match=text):
         refuse_disagreement([SAME, other], MEMBERS)
+
+
+def test_what_no_process_can_do_is_said_once() -> None:
+    with pytest.raises(PlanMismatchError, match="^there is no folder /models$"):
+        refuse_disagreement([replace(SAME, problem="there is no folder /models.")] * 2, MEMBERS)
+
+
+def test_a_process_that_does_not_come_is_missed() -> None:
+    store = dist.HashStore()
+    with pytest.raises(MachineError, match=r"rank 0, stage 0 .* has waited 0 s for rank 1 of 2: a process hangs"):
+        roll_call(store, MEMBERS[0], 2, timeout_s=0.1)
+
+
+def test_two_hosts_that_take_one_name_are_found_out() -> None:
+    store = dist.HashStore()
+    with pytest.raises(MachineError):  # it is there, and alone
+        roll_call(store, MEMBERS[0], 2, timeout_s=0)
+    twice = replace(MEMBERS[1], stage=0)
+    with pytest.raises(PlanMismatchError, match=r"rank 0, .* and rank 1, .* run one stage: .* its own --host NAME"):
+        roll_call(store, twice, 2, timeout_s=1)
+
+
+def test_an_interface_is_found_by_where_it_leads() -> None:
+    assert own_address("127.0.0.1") == "127.0.0.1"
+    assert interface_towards("127.0.0.1") == "lo"
+    assert own_address("no.such.host.invalid") is None
 
 
 def test_more_processes_than_stages_are_refused_and_one_says_so(plan: Plan) -> None:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,45 @@ QUESTIONS: list[dict[str, Any]] = [
 WORKLOAD = Workload(dtype="float32", batch_size=2, num_images=2, prompt_tokens=64, new_tokens=16)
 FILES = ("--input", "q.jsonl", "--output", "a.jsonl")
 OPTIONS = ("--devices", "cpu", "--max-new-tokens", "6")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a host's commands begin with, and where others reach it."""
+
+    address: str
+    within: tuple[str, ...] = ()
+
+
+@pytest.fixture
+def networks() -> Iterator[dict[str, Network]]:
+    """Hosts a and b: network namespaces with a cable between them, where that is allowed, else the loopback interface.
+
+    In them no name of this host leads from one to the other, as in many clusters.
+    """
+    names = {host: f"plan-devices-{os.getpid()}-{host}" for host in ("a", "b")}
+    made = [run_ip("netns", "add", name) for name in names.values()]
+    try:
+        if not all(made):
+            yield dict.fromkeys(names, Network("127.0.0.1"))
+            return
+        cable = ("veth0", "netns", names["a"], "type", "veth", "peer", "name", "veth0", "netns", names["b"])
+        assert run_ip("link", "add", *cable)
+        found = {}
+        for number, (host, name) in enumerate(names.items(), 1):
+            found[host] = Network(f"10.77.0.{number}", ("ip", "netns", "exec", name))
+            assert run_ip("-n", name, "address", "add", f"{found[host].address}/24", "dev", "veth0")
+            assert all(run_ip("-n", name, "link", "set", device, "up") for device in ("veth0", "lo"))
+        yield found
+    finally:
+        for name, is_made in zip(names.values(), made, strict=True):
+            if is_made:
+                run_ip("netns", "delete", name)
+
+
+def run_ip(*arguments: str) -> bool:
+    """Whether `ip` could do something."""
+    return shutil.which("ip") is not None and not subprocess.run(["ip", *arguments], capture_output=True).returncode
 
 
 @pytest.fixture
@@ -71,13 +116,17 @@ def absolute(folder: Path) -> list[str]:
     return ["--input", str(folder / "q.jsonl"), "--output", str(folder / "a.jsonl")]
 
 
-def test_two_agents_run_one_plan_over_two_hosts(tiny_xcomposer2: Path, folder: Path) -> None:
+def test_two_hosts_run_one_plan(tiny_xcomposer2: Path, folder: Path, networks: Mapping[str, Network]) -> None:
     planned(tiny_xcomposer2, "b=2GiB/a=2x2GiB").save(folder / "plan.yaml")
-    meeting = ("--rendezvous", f"127.0.0.1:{free_port()}")
+    meeting = ("--rendezvous", f"{networks['b'].address}:{free_port()}")
     rest = ("plan.yaml", tiny_xcomposer2, *FILES, *OPTIONS, "--quiet")
-    jobs = [Job.start("-m", "planner", "launch", "--host", host, *meeting, *rest, cwd=folder) for host in ("a", "b")]
+    jobs = [
+        Job.start("-m", "planner", "launch", "--host", host, *meeting, *rest, cwd=folder, within=networks[host].within)
+        for host in ("a", "b")
+    ]
     found = [job.ended() for job in jobs]
-    assert [code for code, _, _ in found] == [3, 3], found
+    # The questions are at the first stage's host.
+    assert [code for code, _, _ in found] == [0, 3], found
     assert lines(folder / "a.jsonl") == answers_of_one_process(tiny_xcomposer2, folder)
 
 
@@ -92,10 +141,42 @@ def test_commands_for_several_hosts_are_printed(
     program = program_of(arguments[2:], folder / "plan.yaml")
     first, second = host_commands(plan, program, None).values()
     assert printed == ["# on a", first, "# on b", second]
+    assert "--rdzv-conf is_host=1" in first and "--rdzv-conf is_host=0" in second
     assert first.startswith("torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d")
-    assert "--rdzv-endpoint a:29400 --max-restarts 0 --shutdown-timeout 5 -m planner run" in first
+    assert "--max-restarts 0 --shutdown-timeout 5 -m planner run" in first
+    assert "--rdzv-endpoint a:29400" in first and "--rdzv-endpoint a:29400" in second
     assert second.endswith("--host b")
     assert "--nproc-per-node 2" in second
+
+
+def test_a_plan_alone_is_shown_with_its_schedule_and_commands(
+    tiny_xcomposer2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.yaml"
+    for spec, expected in (
+        ("2xrtx4090", r"stage 0  #*A.*\nstage 1  .*\n.* s, bubble \d"),
+        ("2x2GiB", "No chart: a size"),
+    ):
+        planned(tiny_xcomposer2, spec).save(path)
+        assert command.main(["launch", str(path)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith("2 stages, ")
+        assert re.search(expected, printed), printed
+        assert "\ntorchrun --nnodes 1 --nproc-per-node 2 " in printed
+        assert f"plan-devices launch {path} {tiny_xcomposer2.name} --input FILE.jsonl" in printed
+
+
+def test_hosts_that_meet_nowhere_are_told_where_to(
+    tiny_xcomposer2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned(tiny_xcomposer2, "a=2GiB/b=2GiB").save(tmp_path / "plan.yaml")
+    for options, text in (
+        (["--host", "c"], "the plan has no host 'c': its hosts are a, b"),
+        (["--host", "b"], "hosts a, b need a place to meet: --rendezvous a:29400"),
+        (["--host", "b", "--rendezvous", "a"], "--rendezvous a: write HOST:PORT, such as a:29400"),
+    ):
+        assert command.main(["launch", *options, str(tmp_path / "plan.yaml"), "MODEL", *FILES]) in (2, 3)
+        assert text in capsys.readouterr().err
 
 
 def test_a_script_with_a_pipeline_runs_as_the_example_does(tiny_xcomposer2: Path, folder: Path) -> None:
@@ -116,12 +197,14 @@ def test_a_script_is_run_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        ([], 2, "launch what? MODEL --input FILE.jsonl"),
+        (["missing.py"], 3, "script missing.py cannot be read"),
+        (["MODEL", *FILES, "--groups", "0"], 2, "0 groups of 2: at least one of one is needed"),
+        (["MODEL", *FILES, "--groups", "999999"], 2, "requests in flight, and the plan's memory holds the KV cache of"),
         (["MODEL", "--input", "q.jsonl"], 2, "--input needs --output"),
         (["MODEL", "--prompt", "hello"], 2, "--pipeline answers many questions"),
         (
             ["MODEL", "--input", "q.jsonl", "--output", "a.jsonl", "--group-size", "3"],
-            *(2, "--group-size 3: the plan is for 2 at once. Plan again with --batch-size 3"),
+            *(2, "groups of 3: the plan is for 2 at once. Plan again with --batch-size 3"),
         ),
     ],
 )

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from planner import Machine, MachineError, Workload
 from runtime.pipeline.cut import cut
 from runtime.pipeline.flows import follow
-from runtime.pipeline.loading import held_bytes, load_stage, refuse_unplanned_bytes, stage_map
+from runtime.pipeline.loading import load_stage, refuse_unplanned_bytes, stage_map, unplanned_bytes
 from runtime.planning import plan_model
 from runtime.steps import forward_and_decode
 from runtime.weights import META
@@ -45,7 +45,7 @@ def test_a_stage_has_values_of_its_own_weights_and_no_memory_for_others(model_ty
         assert all(torch.equal(named[name], expected[name]) for name in held)
         assert {tensor.device for tensor in named.values()} == {CPU}
         assert all(named[name].shape == expected[name].shape for name in named)
-        assert sum(read) == held_bytes(skeleton, places)
+        assert sum(read) == sum({id(named[name]): named[name].nbytes for name in held}.values())
         blanks = [tensor for name, tensor in named.items() if name not in held]
         assert max(tensor.untyped_storage().nbytes() for tensor in blanks) <= 8
 
@@ -65,11 +65,13 @@ def test_what_a_copy_takes_beyond_the_plan_must_fit() -> None:
     model, _ = tiny_model("gemma3")
     machine = Machine.parse("2x24GiB")
     plan = plan_model(model, example_inputs(model), machine=machine, workload=Workload(new_tokens=4))
-    planned = plan.memory[1]
-    refuse_unplanned_bytes(plan, 1, planned.weights_bytes + 2**20, {"lm_head": (0, 1)})
-    devices = (machine.devices[0], replace(machine.devices[1], memory_bytes=planned.total_bytes + 2**19))
+    parts = cut(follow(model, example_inputs(model), forward_and_decode()), plan).parts
+    places = [stage_map(model, part, CPU) for part in parts]
+    embedding_bytes = model.get_input_embeddings().weight.nbytes
+    assert [unplanned_bytes(model, plan, stage, places[stage]) for stage in range(2)] == [0, embedding_bytes]
+    refuse_unplanned_bytes(model, plan, 1, places[1], {"lm_head": (0, 1)})
+    tight_bytes = plan.memory[1].total_bytes + embedding_bytes - 1
+    devices = (machine.devices[0], replace(machine.devices[1], memory_bytes=tight_bytes))
     tight = replace(plan, machine=replace(machine, devices=devices))
-    with pytest.raises(
-        MachineError, match=r"stage 1 on 1 holds 1\.0.* more than planned \(lm_head\), and has room for 5"
-    ):
-        refuse_unplanned_bytes(tight, 1, planned.weights_bytes + 2**20, {"lm_head": (0, 1)})
+    with pytest.raises(MachineError, match=r"stage 1 on 1 holds .* more than planned \(lm_head\), and has room for"):
+        refuse_unplanned_bytes(model, tight, 1, places[1], {"lm_head": (0, 1)})

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
+from runtime.pipeline.agreement import DisagreementError
 from runtime.pipeline.engine import Batch
 from runtime.pipeline.pipeline import Pipeline
+from runtime.quiet import quiet_libraries
 
 
 def batches_of(case: dict[str, Any]) -> list[Batch]:
@@ -36,9 +38,13 @@ def batches_of(case: dict[str, Any]) -> list[Batch]:
 def run(case: dict[str, Any]) -> None:
     """One case, on this process's stage."""
     rank = int(os.environ["RANK"])
-    plan = case["plans"][rank] if "plans" in case else case["plan"]
     folder = case["folders"][rank] if "folders" in case else case["folder"]
-    pipeline = Pipeline(plan, folder, devices=case.get("devices", "cpu"))
+    try:
+        pipeline = Pipeline(case["plan"], folder, devices=case.get("devices", "cpu"))
+    except DisagreementError as refusal:
+        if rank == 0:
+            Path(case["out"]).write_text(json.dumps({"refusal": str(refusal)}))
+        return
     answers: dict[int, list[int]] = {}
     with pipeline:
         for finished in pipeline.generate_batches(batches_of(case), case["options"], case.get("num_slots")):
@@ -53,12 +59,15 @@ def run(case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run all cases."""
+    """Run all cases, each in the first processes of this job, as if it were one of so many."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run(case)
-        gc.collect()
+    with quiet_libraries():
+        for case in json.loads(Path(sys.argv[1]).read_text()):
+            if int(os.environ["RANK"]) < case["num_stages"]:
+                os.environ["WORLD_SIZE"] = str(case["num_stages"])
+                run(case)
+                gc.collect()
 
 
 main()
