@@ -80,6 +80,7 @@ def make_plan(
         tied_copies=tuple(_tied_copies(graph, keys)),
         offload=_offload(problem, solution, evaluation),
         quantization=_quantised(problem, solution, stored=workload.quantize == "none"),
+        loading=tuple(device_key(machine, position) for position in sorted(evaluation.loading)),
     )
 
 

@@ -78,6 +78,7 @@ class ModuleGroup:
     `module_list` names the list whose element the group is, such as `model.layers`; a device then holds a contiguous
     run of that list. `kv_bytes_per_position` is per sequence. `reasons` are the operations for whose sake its modules
     are one group, where a trace has merged them. `linears` are the layers whose weights can be held in fewer bits.
+    `loading_bytes` are there beside the weights for a moment while those are loaded.
     """
 
     id: str
@@ -94,6 +95,7 @@ class ModuleGroup:
     decode: PhaseCost | None = None
     reasons: tuple[str, ...] = ()
     linears: tuple[Linear, ...] = ()
+    loading_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.modules:

@@ -140,15 +140,17 @@ class CostTable:
             tied_bytes=tuple(tie.num_bytes for tie in graph.ties),
         )
 
-    def on_device(self, members: Iterable[int], device: Device, base_bytes: int = 0) -> MemoryBreakdown:
+    def on_device(
+        self, members: Iterable[int], device: Device, base_bytes: int = 0, *, running: bool = False
+    ) -> MemoryBreakdown:
         """What `device` peaks at when it holds the groups at these positions; an unused device costs nothing.
 
-        `base_bytes` are activations that it holds besides.
+        `base_bytes` are activations that it holds besides; with `running` the peak is that of a model that is loaded.
         """
         stage = StageLoad(self)
         for member in members:
             stage.add(member)
-        return stage.breakdown(device, base_bytes)
+        return stage.breakdown(device, base_bytes, running=running)
 
 
 class StageLoad:
@@ -167,6 +169,7 @@ class StageLoad:
         self.kv_bytes_per_position = 0
         self._own_buffers_bytes = 0
         self.logits_bytes = 0
+        self._loading_bytes = 0
 
     def add(self, member: int) -> None:
         """Take in the group at this position of the table."""
@@ -178,6 +181,7 @@ class StageLoad:
         self.kv_bytes_per_position += load.kv_bytes_per_position
         self._own_buffers_bytes += load.buffers_bytes
         self.logits_bytes += load.logits_bytes
+        self._loading_bytes = max(self._loading_bytes, load.group.loading_bytes)
         self._transient = [max(pair) for pair in zip(self._transient, load.transient_bytes, strict=True)]
         for index in load.flows:
             if index not in self._flows:
@@ -205,19 +209,32 @@ class StageLoad:
         return max(0, *by_phase, *self._replayed)
 
     @property
-    def load_bytes(self) -> int:
-        """Everything but the device's own overheads."""
-        kv_cache_bytes = self.kv_bytes_per_position * self._table.positions
-        return self.weights_bytes + kv_cache_bytes + self.activations_bytes + self.logits_bytes + self.buffers_bytes
+    def _beside_bytes(self) -> int:
+        """What there is beside weights and activations when the model runs, and not before."""
+        return self.kv_bytes_per_position * self._table.positions + self.logits_bytes + self.buffers_bytes
 
-    def breakdown(self, device: Device, base_bytes: int = 0) -> MemoryBreakdown:
-        """The stage's eight parts on `device`, which holds `base_bytes` of activations besides."""
+    @property
+    def running_bytes(self) -> int:
+        """Everything but the device's own overheads, when the model runs."""
+        return self.weights_bytes + self.activations_bytes + self._beside_bytes
+
+    @property
+    def loading_bytes(self) -> int:
+        """The same when it is loaded: all weights, and what the last of them takes for a moment."""
+        return self.weights_bytes + self._loading_bytes
+
+    def breakdown(self, device: Device, base_bytes: int = 0, *, running: bool = False) -> MemoryBreakdown:
+        """The stage's eight parts on `device`, which holds `base_bytes` of activations besides.
+
+        Where loading takes more than running, that is counted with the activations, unless `running` is asked for.
+        """
         if not self._members:
             return MemoryBreakdown()
+        loading_bytes = 0 if running else self._loading_bytes - self._beside_bytes
         return MemoryBreakdown(
             weights_bytes=self.weights_bytes,
             kv_cache_bytes=self.kv_bytes_per_position * self._table.positions,
-            activations_bytes=self.activations_bytes + base_bytes,
+            activations_bytes=max(self.activations_bytes, loading_bytes) + base_bytes,
             logits_bytes=self.logits_bytes,
             buffers_bytes=self.buffers_bytes,
             workspace_bytes=WORKSPACE_BYTES,

@@ -29,11 +29,11 @@ def peaks_by_phase(problem: Problem, stages: tuple[PlacedStage, ...]) -> Mapping
 
 
 def _in_phases(graph: ModuleGraph, phases: tuple[Phase, ...]) -> ModuleGraph:
-    """The graph of a model that has no other phases."""
+    """The graph of a model that is loaded, and has no other phases."""
 
     def kept(group: ModuleGroup) -> ModuleGroup:
         encode, prefill, decode = (group.cost(phase) if phase in phases else None for phase in PHASES)
-        return replace(group, encode=encode, prefill=prefill, decode=decode)
+        return replace(group, encode=encode, prefill=prefill, decode=decode, loading_bytes=0)
 
     return replace(
         graph,

@@ -146,7 +146,8 @@ class Plan:
     `assumptions` are what all costs rest on where there was nothing to trace.
     `extrapolated` names counts of the workload that lie outside what the costs were traced for; `tied_copies` are
     weights kept more than once. `quantization` says which weights are in fewer bits, None that none are. What
-    `placement` has on the `HOST` runs where its stage is.
+    `placement` has on the `HOST` runs where its stage is. Devices that are fullest while weights are loaded are in
+    `loading`: activations there count what that takes.
     """
 
     model: ModelSummary
@@ -168,6 +169,7 @@ class Plan:
     tied_copies: tuple[TiedCopies, ...] = ()
     offload: Offload | None = None
     quantization: Quantised | None = None
+    loading: tuple[DeviceKey, ...] = ()
 
     @property
     def schedule_costs(self) -> tuple[StageCost, ...] | None:
@@ -220,6 +222,7 @@ class Plan:
             **({"tied_copies": [_copies_to(one) for one in self.tied_copies]} if self.tied_copies else {}),
             **({"offload": asdict(self.offload)} if self.offload else {}),
             "memory": {key: {**asdict(part), "total_bytes": part.total_bytes} for key, part in self.memory.items()},
+            **({"loading": list(self.loading)} if self.loading else {}),
             "capacity": {"kv_tokens": self.kv_tokens, "extrapolated": list(self.extrapolated)},
             **({"assumptions": list(self.assumptions)} if self.assumptions else {}),
             "estimate": asdict(self.estimate),
@@ -332,6 +335,7 @@ def _plan_from(content: Mapping[str, Any]) -> Plan:
             for one in content.get("tied_copies", ())
         ),
         quantization=Quantised.from_dict(content["quantization"]) if content.get("quantization") else None,
+        loading=tuple(content.get("loading", ())),
     )
     if "input_ids" not in plan.input_devices:
         raise ValueError(f"input_devices names {list(plan.input_devices)}, not input_ids")

@@ -126,7 +126,8 @@ class Evaluation:
 
     `kv_positions` is None when no device holds any KV cache, `times` when the speed of a used device is unknown.
     `free_fraction` is the smallest share of its memory that a used device keeps free, below zero where it lacks some.
-    `streamed` is what groups on the host cost, by device position.
+    `streamed` is what groups on the host cost, by device position; `loading` are the devices, by position, whose peak
+    is while weights are loaded.
     """
 
     memory: tuple[MemoryBreakdown, ...]
@@ -134,6 +135,7 @@ class Evaluation:
     free_fraction: float
     times: PlacementTimes | None
     streamed: Mapping[int, Streaming] = field(default_factory=dict)
+    loading: tuple[int, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -155,9 +157,10 @@ def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
     memory = _memory(problem, stages)
     members = _members(stages)
     devices = problem.machine.devices
+    running = _memory(problem, stages, running=True)
     extra = [
         (device.memory_bytes - peak.total_bytes) // per_position
-        for position, (device, peak) in enumerate(zip(devices, memory, strict=True))
+        for position, (device, peak) in enumerate(zip(devices, running, strict=True))
         if (per_position := _kv_per_position(problem, members.get(position, ())))
     ]
     left = [(devices[p].memory_bytes - memory[p].total_bytes) / devices[p].memory_bytes for p in members]
@@ -167,6 +170,7 @@ def evaluate(problem: Problem, stages: tuple[PlacedStage, ...]) -> Evaluation:
         free_fraction=min(left),
         times=problem.times.placed(devices_by_group(stages), {at: one.waiting for at, one in streamed.items()}),
         streamed=streamed,
+        loading=tuple(position for position in members if memory[position] != running[position]),
     )
 
 
@@ -202,13 +206,13 @@ def devices_by_group(stages: tuple[PlacedStage, ...]) -> list[int]:
     return [placed[member] for member in range(len(placed))]
 
 
-def _memory(problem: Problem, stages: tuple[PlacedStage, ...]) -> tuple[MemoryBreakdown, ...]:
+def _memory(problem: Problem, stages: tuple[PlacedStage, ...], *, running: bool = False) -> tuple[MemoryBreakdown, ...]:
     members, streamed = _members(stages), _streamed(problem, stages)
     resting = {stage.device: stage.on_host for stage in stages}
     found = []
     for position, device in enumerate(problem.machine.devices):
         held = sorted(members.get(position, ()))
-        peak = problem.table.on_device(held, device, problem.base_bytes(position))
+        peak = problem.table.on_device(held, device, problem.base_bytes(position), running=running)
         if position in streamed:
             away = sum(problem.table.loads[member].weights_bytes for member in resting[position])
             peak = replace(peak, weights_bytes=peak.weights_bytes - away + streamed[position].slots_bytes)

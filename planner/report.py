@@ -194,6 +194,9 @@ def figures_said(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"Rests on defaults: {', '.join(defaults)}.", "dim"
     for sentence in plan.quantization.sentences(plan.model.dtype, estimate.tpot_s) if plan.quantization else ():
         yield sentence, ""
+    if plan.loading:
+        fullest = f"{' and '.join(_name(plan, key) for key in plan.loading)} {'is' if len(plan.loading) < 2 else 'are'}"
+        yield f"{fullest} fullest while weights are loaded: they arrive whole before they are packed.", "dim"
     if plan.extrapolated:
         yield f"Extrapolated beyond what was traced: {', '.join(plan.extrapolated)}.", "yellow"
     for assumption in plan.assumptions:

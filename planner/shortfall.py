@@ -62,7 +62,25 @@ def _still_plain(graph: ModuleGraph) -> Iterator[str]:
 
 def missing(problem: Problem, solution: Solution) -> list[str]:
     """A sentence for every device that is too small for the nearest placement."""
-    return [_device_line(device, peak) for device, peak in _short(problem, solution)]
+    lines = [_device_line(device, peak) for device, peak in _short(problem, solution)]
+    return [*lines, *_while_loading(problem, solution)]
+
+
+def _while_loading(problem: Problem, solution: Solution) -> Iterator[str]:
+    """The devices that could run their part, and cannot be loaded with it."""
+    devices = problem.machine.devices
+    for position in evaluate(problem, solution.stages).loading:
+        members = [one for stage in solution.stages if stage.device == position for one in stage.members]
+        base_bytes = problem.base_bytes(position)
+        loading, running = (
+            problem.table.on_device(members, devices[position], base_bytes, running=one).total_bytes
+            for one in (False, True)
+        )
+        if running <= devices[position].memory_bytes < loading:
+            yield (
+                f"{devices[position].name} could run its part in {format_bytes(running)}: the rest is for weights that "
+                "arrive whole before they are packed. A checkpoint that is stored quantised needs none."
+            )
 
 
 def _too_large(problem: Problem) -> Iterator[str]:

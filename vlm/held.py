@@ -7,6 +7,7 @@ from typing import Any
 
 from planner.errors import ConstraintError, UnsupportedModelError
 from planner.graph import ModuleGraph
+from planner.packing import packed_while_loaded
 from planner.quantisation import LAYOUTS, Layout, chosen_linears, held_in
 from planner.workload import Workload
 from vlm.checkpoint import Checkpoint
@@ -22,7 +23,8 @@ def held_graph(
     Raises: ConstraintError for a quantised checkpoint that is to be quantised; UnsupportedModelError where the model
     has no layers for it, or the checkpoint's method is unknown; SourceError where its headers contradict the config.
     """
-    return held_in(graph, layouts_for(graph, workload, config, checkpoint), workload.num_sequences)
+    held = held_in(graph, layouts_for(graph, workload, config, checkpoint), workload.num_sequences)
+    return held if workload.quantize not in LAYOUTS else packed_while_loaded(held)
 
 
 def layouts_for(

@@ -140,16 +140,17 @@ class Segments:
             is_home=self._is_home(first),
         )
 
-    def _on(self, index: int, loads: tuple[Ints, Ints], carried: tuple[int, ...]) -> Runs:
-        kind, (num_bytes, per_position) = self.classes[index], loads
-        left = kind.capacity_bytes - num_bytes
+    def _on(self, index: int, loads: tuple[Ints, Ints, Ints], carried: tuple[int, ...]) -> Runs:
+        kind, (running, loading, per_position) = self.classes[index], loads
+        beside_cache = kind.capacity_bytes - running
+        left = np.minimum(beside_cache, kind.capacity_bytes - loading)
         legal = self._legal(kind, carries=bool(carried))
         return Runs(
             kind=index,
             carries=bool(carried),
             fits=legal & (left >= 0),
             lacking_bytes=np.where(legal, np.maximum(-left, 0), NO_KV),
-            extra_positions=np.where(per_position > 0, left // np.maximum(per_position, 1), NO_KV),
+            extra_positions=np.where(per_position > 0, beside_cache // np.maximum(per_position, 1), NO_KV),
             free_fraction=left / kind.device.memory_bytes,
             compute_ns=self._compute_ns(kind, carried),
         )
@@ -187,19 +188,21 @@ def _devices(problem: Problem) -> tuple[Device, ...]:
     return problem.machine.devices
 
 
-def _loads(problem: Problem, chain: Sequence[Unit], carried: tuple[int, ...]) -> tuple[Ints, Ints]:
-    """Bytes without overheads, and KV bytes per position, of the units [start, end) with the groups carried besides."""
+def _loads(problem: Problem, chain: Sequence[Unit], carried: tuple[int, ...]) -> tuple[Ints, Ints, Ints]:
+    """Of the units [start, end), with the groups carried besides: bytes without overheads when they run and when they
+    are loaded, and KV bytes per position.
+    """
     count = len(chain)
-    sizes = np.zeros((count, count + 1), dtype=np.int64)
-    per_position = np.zeros((count, count + 1), dtype=np.int64)
+    running, loading, per_position = (np.zeros((count, count + 1), dtype=np.int64) for _ in range(3))
     for start in range(count):
         stage = StageLoad(problem.table)
         for member in carried:
             stage.add(member)
-        sizes[start, start] = stage.load_bytes
+        running[start, start], loading[start, start] = stage.running_bytes, stage.loading_bytes
         for end in range(start + 1, count + 1):
             for member in chain[end - 1].members:
                 stage.add(member)
-            sizes[start, end] = min(stage.load_bytes, BEYOND_BYTES)
+            running[start, end] = min(stage.running_bytes, BEYOND_BYTES)
+            loading[start, end] = min(stage.loading_bytes, BEYOND_BYTES)
             per_position[start, end] = min(stage.kv_bytes_per_position, BEYOND_BYTES)
-    return sizes, per_position
+    return running, loading, per_position

@@ -185,4 +185,4 @@ def test_growing_a_stage_group_by_group_gives_the_same_as_all_at_once() -> None:
         stage.add(member)
         assert stage.breakdown(DEVICE) == TABLE.on_device(range(end), DEVICE)
         overheads = WORKSPACE_BYTES + DEVICE.context_bytes + DEVICE.reserve_bytes
-        assert stage.load_bytes == stage.breakdown(DEVICE).total_bytes - overheads
+        assert stage.running_bytes == stage.breakdown(DEVICE).total_bytes - overheads

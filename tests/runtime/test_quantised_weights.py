@@ -16,16 +16,21 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig
 
 from planner import Machine, PlanMismatchError, SourceError, UnsupportedModelError, Workload
 from planner.cli.main import main
 from runtime import inspect_placement, load_sharded, place_inputs, shard
+from runtime.costs import trace_costs
 from runtime.quantised import held_tensors
 from runtime.quiet import quiet_libraries
 from runtime.virtual.process import PROCESS
+from vlm.cost_library import CostLibrary
 from vlm.internlm_xcomposer2.processing import XComposer2Processor
 from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
+from vlm.model import find_model
+from vlm.planning import plan_for
 from vlm.tiny import tiny_model
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'plan-devices[quantized]'")
@@ -145,6 +150,34 @@ def test_a_quantised_model_runs_split_over_virtual_gpus_with_the_planned_bytes_o
     found, expected = logits(split, input_ids=IDS), logits(whole, input_ids=IDS)
     # On the CPU four bits are multiplied by a kernel of its own.
     assert torch.equal(found, expected) if layout == "int8" else close(found, expected)
+
+
+class Fullest(TorchDispatchMode):
+    """The most that a virtual GPU held after any operation: a kernel's own scratch, which others lack, is not seen."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.num_bytes = max(self.num_bytes, torch.vgpu.memory_allocated(0))  # type: ignore[attr-defined]
+        return result
+
+
+@pytest.mark.parametrize("layout", ["int8", "nf4", "nf4-double"])
+def test_while_a_model_is_loaded_a_device_holds_what_was_planned_and_no_more(layout: str, tmp_path: Path) -> None:
+    """Behind the last large weight come the small ones of its layer's attention, which the plan counts as there."""
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "vocab_size": 64}
+    text = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes), dtype=torch.bfloat16)
+    text.save_pretrained(tmp_path)
+    workload = replace(SHORT, quantize=layout, num_images=0)  # type: ignore[arg-type]
+    model = find_model(str(tmp_path), CostLibrary(None, trace_costs).find)
+    plan = plan_for(model, WHOLE, workload)
+    with Fullest() as fullest:
+        loaded = load_sharded(model, plan, devices="virtual")
+    packing_bytes = max(group.loading_bytes for group in model.graph(plan.workload))
+    planned_bytes = plan.memory[0].weights_bytes + packing_bytes
+    rounding_bytes = 512 * 3 * len(list(loaded.parameters()))
+    assert planned_bytes - packing_bytes // 4 < fullest.num_bytes <= planned_bytes + rounding_bytes
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
