@@ -14,7 +14,7 @@ def defaults_of(plan: Plan) -> Iterator[str]:
     """The defaults, in words: a context that was not measured, shares of datasheet rates, links that are not named."""
     used = {key for key, peak in plan.memory.items() if peak.total_bytes}
     devices = [d for p, d in enumerate(plan.machine.devices) if device_key(plan.machine, p) in used]
-    if any(device.context_bytes == CONTEXT_BYTES for device in devices):
+    if not all(device.context_given for device in devices):
         yield f"{format_bytes(CONTEXT_BYTES)} of CUDA context a GPU"
     if plan.estimate.tpot_s is None:
         return

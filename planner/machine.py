@@ -22,7 +22,7 @@ from planner.textfile import parse_mapping, read_mapping
 from planner.units import MIB, format_bytes, parse_bytes, shorthand
 
 CONTEXT_BYTES = 500 * MIB
-"""A CUDA context with its kernels: 0.4 to 0.6 GiB on the GPUs where it was read off (see docs/design.md)."""
+"""A CUDA context with its kernels, whatever the GPU; docs/design.md says what was read off where."""
 
 RESERVE_BYTES = 512 * MIB
 """Kept free on every device by default, for what no plan can foresee."""
@@ -37,7 +37,8 @@ class Device:
 
     The fractions are the shares of `flops_per_s` that large products reach and of the bandwidth that decode reaches,
     `launch_s` is what a kernel takes beside its work; None where planner.timing's constants hold.
-    `host_bandwidth_bytes_per_s` is of copies from pinned memory of the host.
+    `host_bandwidth_bytes_per_s` is of copies from pinned memory of the host. `context_given` says that somebody knew
+    the context, be it what the default is.
     Raises: ValueError for a negative size.
     """
 
@@ -54,10 +55,12 @@ class Device:
     bandwidth_fraction: float | None = None
     launch_s: float | None = None
     host_bandwidth_bytes_per_s: float | None = None
+    context_given: bool = False
 
     def __post_init__(self) -> None:
         if min(self.memory_bytes, self.context_bytes, self.reserve_bytes) < 0:
             raise ValueError(f"{self.name} has a negative size: bytes are zero or more")
+        object.__setattr__(self, "context_given", self.context_given or self.context_bytes != CONTEXT_BYTES)
 
     @property
     def name(self) -> str:
@@ -198,6 +201,7 @@ class Machine:
         """The same machine with another context or reserve on every device; None leaves what is there."""
         changes = {"context_bytes": context_bytes, "reserve_bytes": reserve_bytes}
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        given |= {"context_given": True} if context_bytes is not None else {}
         return replace(self, devices=tuple(replace(device, **given) for device in self.devices))
 
     def position(self, device: str) -> int:
@@ -297,7 +301,8 @@ def _device_from(entry: Mapping[str, Any], index: int, where: str) -> Device:
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise MachineError(f"{where}, index: {index!r} is not a whole number of zero or more")
     uuid = values.get("uuid")
-    return Device(index=index, host=str(entry.get("host", "")), kind=kind, uuid=uuid, **measured)
+    host, given = str(entry.get("host", "")), "context" in values
+    return Device(index=index, host=host, kind=kind, uuid=uuid, context_given=given, **measured)
 
 
 _MEASURES = {
@@ -340,7 +345,7 @@ def _device_to(device: Device) -> dict[str, Any]:
             entry[name] = getattr(device, name)
     for key, field in _MEASURES.items():
         value = getattr(device, field)
-        if value is not None:
+        if value is not None and (key != "context" or device.context_given):
             entry[key] = _WRITTEN.get(key, shorthand)(value)
     return entry
 

@@ -226,7 +226,7 @@ def _measured_device(device: Device, place: torch.device, rates: Rates, context_
     )
     if place.type == "cpu":
         return replace(measured, kind="cpu", uuid=None)
-    return measured if context_bytes is None else replace(measured, context_bytes=context_bytes)
+    return measured if context_bytes is None else replace(measured, context_bytes=context_bytes, context_given=True)
 
 
 def _link(names: Mapping[torch.device, str], rates: LinkRates) -> Link:

@@ -36,6 +36,18 @@ def test_links_that_nobody_named_are_assumed() -> None:
     assert "10 Gbit/s between hosts" in defaults_of(planned(Machine.parse("a=l4/b=l4")))
 
 
+def test_a_context_that_somebody_gave_is_no_default_whatever_its_size() -> None:
+    sizes = {"memory": "24GiB", "context": "500MiB"}
+    for machine in (
+        Machine.parse("24GiB").with_overheads(context_bytes=500 * MIB),
+        Machine.from_dict({"devices": [sizes]}),
+    ):
+        plan = planned(machine)
+        assert list(defaults_of(plan)) == []
+        assert list(defaults_of(Plan.from_dict(plan.to_dict()))) == []
+    assert list(defaults_of(Plan.from_dict(planned(Machine.parse("24GiB")).to_dict())))
+
+
 def test_a_profile_leaves_nothing_to_defaults() -> None:
     machine = Machine.parse("2xl4")
     measured = {"context_bytes": 400 * MIB, "launch_s": 1e-5, "bandwidth_fraction": 1.0, "flops_fraction": 1.0}
