@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
+from planner.defaults import rate_defaults
 from planner.errors import ConstraintError
 from planner.graph import ModuleGraph, ModuleGroup, Phase, PhaseCost
 from planner.machine import Device, describe
@@ -62,7 +63,8 @@ class QuantisedDecode:
 class DeviceBounds:
     """The bounds on one kind of device. `ridge_flops_per_byte` is where bandwidth stops and arithmetic starts to bind.
 
-    `fits_weights` says whether one such device could hold all weights in the graph's dtype.
+    `fits_weights` says whether one such device could hold all weights in the graph's dtype; `defaults` are what the
+    seconds rest on.
     """
 
     device: str
@@ -71,6 +73,7 @@ class DeviceBounds:
     prefill: PhaseBound
     decode: PhaseBound
     int4_decode: QuantisedDecode | None
+    defaults: tuple[str, ...] = ()
 
 
 def device_bounds(graph: ModuleGraph, device: Device, quantities: Quantities, new_tokens: int) -> DeviceBounds:
@@ -93,6 +96,7 @@ def device_bounds(graph: ModuleGraph, device: Device, quantities: Quantities, ne
         prefill=_phase_bound(graph, ("encode", "prefill"), quantities, device),
         decode=_phase_bound(graph, ("decode",), step, device),
         int4_decode=_int4_decode(graph, step, device) if _is_all_half(graph) else None,
+        defaults=tuple(rate_defaults([device])),
     )
 
 

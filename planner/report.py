@@ -11,7 +11,7 @@ from rich.text import Text
 
 from planner.alternatives import LABELS as LABEL_OF
 from planner.alternatives import Alternative
-from planner.defaults import defaults_of
+from planner.defaults import defaults_of, rests_on
 from planner.implementation import IMPLEMENTATIONS, OURS
 from planner.machine import Device
 from planner.memory import LABELS, MemoryBreakdown
@@ -190,8 +190,8 @@ def figures_said(plan: Plan) -> Iterator[tuple[str, str]]:
     else:
         first, later = seconds_text(estimate.ttft_s), seconds_text(estimate.tpot_s)
         yield f"Estimated: first token after {first}, then {later} each, {estimate.tokens_per_s or 0:.1f} tokens/s.", ""
-    if defaults := list(defaults_of(plan)):
-        yield f"Rests on defaults: {', '.join(defaults)}.", "dim"
+    if defaults := rests_on(defaults_of(plan)):
+        yield defaults, "dim"
     for sentence in plan.quantization.sentences(plan.model.dtype, estimate.tpot_s) if plan.quantization else ():
         yield sentence, ""
     if plan.loading:

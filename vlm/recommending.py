@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from planner.constraints import Constraints
+from planner.defaults import BETWEEN_GPUS, context_default, rate_defaults
 from planner.machine import Machine, gpu_presets
 from planner.plan import Estimate
 from planner.problem import Problem, evaluate, longest_cache
@@ -27,7 +28,7 @@ MOST_CARDS = 8
 class Recommendation:
     """Equal cards and the options that plan for them, the KV positions per sequence that they hold, and their speed.
 
-    `estimate` is that of the placement with most room.
+    `estimate` is that of the placement with most room; `defaults` are what these figures rest on.
     """
 
     options: tuple[str, ...]
@@ -35,11 +36,12 @@ class Recommendation:
     memory_bytes: int
     kv_tokens: int | None
     estimate: Estimate
+    defaults: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("options", "estimate")}
-        return {"options": list(self.options), **plain, **asdict(self.estimate)}
+        plain = {name: value for name, value in asdict(self).items() if name not in ("options", "estimate", "defaults")}
+        return {"options": list(self.options), **plain, **asdict(self.estimate), "defaults": list(self.defaults)}
 
 
 def recommended(
@@ -98,4 +100,5 @@ def _recommendation(problem: Problem, preset: str, batch_size: int, more_options
         memory_bytes=sum(device.memory_bytes for device in devices),
         kv_tokens=longest_cache(problem, stages),
         estimate=Estimate.of(evaluate(problem, stages).times, batch_size),
+        defaults=(*context_default(devices), *rate_defaults(devices), *([BETWEEN_GPUS] if len(stages) > 1 else [])),
     )

@@ -92,8 +92,9 @@ def recommend(arguments: argparse.Namespace, argv: Sequence[str], model: Model) 
         text = json.dumps(content, indent=2) + "\n"
     else:
         cells = [(row.options, row.memory_bytes, row.kv_tokens, row.estimate) for row in rows]
-        page = io.StringIO()
-        Console(file=page, width=WIDTH, highlight=False).print(machines_table(cells, shlex.join(command), MOST_CARDS))
+        page, defaults = io.StringIO(), tuple(dict.fromkeys(one for row in rows for one in row.defaults))
+        table = machines_table(cells, shlex.join(command), MOST_CARDS, defaults)
+        Console(file=page, width=WIDTH, highlight=False).print(table)
         text = page.getvalue()
     if arguments.output is None:
         sys.stdout.write(text)

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.defaults import rests_on
 from planner.explanation import Explanation, LayerSplit, Part, Precision
 from planner.phase_bounds import GROUP_SIZE, Bound, DeviceBounds, PhaseBound, QuantisedDecode
 from planner.report import seconds_text
@@ -34,6 +35,8 @@ def explanation_report(found: Explanation) -> RenderableType:
         parts += [Text(), *_bounds(found, bounds)]
     if any(bounds.int4_decode for bounds in found.bounds):
         parts += [Text(), Text(MEASURED_INT4, style="dim")]
+    if defaults := rests_on(dict.fromkeys(one for bounds in found.bounds for one in bounds.defaults)):
+        parts += [Text(), Text(defaults, style="dim")]
     if found.bounds and found.extrapolated:
         parts += [Text(f"Extrapolated beyond what was traced: {', '.join(found.extrapolated)}.", style="yellow")]
     if not found.bounds:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.defaults import rests_on
 from planner.plan import Estimate
 from planner.report import seconds_text
 from planner.units import GIB
@@ -16,8 +17,11 @@ Row = tuple[Sequence[str], int, int | None, Estimate]
 """Options, memory in bytes, KV positions per sequence and times of a machine."""
 
 
-def machines_table(rows: Sequence[Row], command: str, most_cards: int) -> RenderableType:
-    """The machines that run a workload, in the order given, each with the options that plan for it."""
+def machines_table(rows: Sequence[Row], command: str, most_cards: int, defaults: Sequence[str]) -> RenderableType:
+    """The machines that run a workload, in the order given, each with the options that plan for it.
+
+    `defaults` are what the figures rest on.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("with", no_wrap=True)
     for title in ("GiB in all", "KV positions", "TTFT", "TPOT"):
@@ -37,7 +41,7 @@ def machines_table(rows: Sequence[Row], command: str, most_cards: int) -> Render
         table,
         Text(
             f"The fewest cards of each kind, up to {most_cards} in a host, by memory in all and then by number: their\n"
-            "prices are not known here. Times are estimates, for the placement with most room.",
+            "prices are not known here. Times are estimates, for the placement with most room.\n" + rests_on(defaults),
             style="dim",
         ),
     )
