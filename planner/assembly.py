@@ -21,12 +21,13 @@ from planner.plan import (
     TiedCopies,
     device_key,
 )
+from planner.polynomial import Quantities
 from planner.precision import Quantised
 from planner.problem import Evaluation, Problem, Solution, evaluate, host_bytes, longest_cache
 from planner.quantisation import kept_modules
 from planner.stage_costs import with_costs
 from planner.streaming import host_bytes_per_s
-from planner.timing import NS_PER_S
+from planner.timing import NS_PER_S, at_average_length
 from planner.workload import ITEMSIZE, Workload
 
 
@@ -94,6 +95,8 @@ def _quantised(problem: Problem, solution: Solution, *, stored: bool) -> Quantis
     layouts = dict(graph.held)
     layers = [linear for group in graph for linear in group.linears if linear.name in layouts]
     plain_bytes = ITEMSIZE[graph.dtype] * sum(linear.num_weights for linear in layers)
+    step = at_average_length(problem.quantities, problem.new_tokens)
+    (read, launched), (plain_read, plain_launched) = (_step_needs(one, step) for one in (graph, plain))
     return Quantised(
         layouts=tuple(dict.fromkeys(layouts.values())),
         stored=stored,
@@ -103,7 +106,19 @@ def _quantised(problem: Problem, solution: Solution, *, stored: bool) -> Quantis
         plain_bytes=plain_bytes,
         plain_ttft_s=times.ttft_s,
         plain_tpot_s=times.tpot_s,
+        read_ratio=_ratio(read, plain_read),
+        launch_ratio=_ratio(launched, plain_launched),
     )
+
+
+def _ratio(count: int, plain: int) -> float | None:
+    return round(count / plain, 4) if plain else None
+
+
+def _step_needs(graph: ModuleGraph, step: Quantities) -> tuple[int, int]:
+    """Bytes that one token reads, and kernels that it launches; engines launch none of their own."""
+    costs = [group.decode for group in graph if group.decode is not None]
+    return sum(cost.moved_bytes(step) for cost in costs), sum(cost.launches(step) for cost in costs)
 
 
 def _offload(problem: Problem, solution: Solution, evaluation: Evaluation) -> Offload | None:

@@ -18,7 +18,8 @@ class Quantised:
 
     `stored` says that the checkpoint has them so; else they are quantised while they are loaded, but those in the
     modules of `kept`. The plain times are those of the same placement with all weights in the model's dtype, if it had
-    the memory; None where a device's speed is unknown.
+    the memory; None where a device's speed is unknown. The ratios are of what a token reads and launches to that of
+    plain weights, whatever the device.
     """
 
     layouts: tuple[str, ...]
@@ -29,6 +30,8 @@ class Quantised:
     plain_bytes: int
     plain_ttft_s: float | None = None
     plain_tpot_s: float | None = None
+    read_ratio: float | None = None
+    launch_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if not self.layouts:
@@ -56,6 +59,11 @@ class Quantised:
             yield (
                 f"In {dtype} the same placement, had it the memory, would take {self.plain_tpot_s * 1e3:.1f} ms a "
                 f"token instead of {tpot_s * 1e3:.1f} ms."
+            )
+        elif self.read_ratio is not None and self.launch_ratio is not None:
+            yield (
+                f"A token reads {self.read_ratio:.2f} times the bytes that it would in {dtype}, in "
+                f"{self.launch_ratio:.2f} times the kernels: which of them counts depends on the GPU."
             )
 
     def to_dict(self) -> dict[str, Any]:

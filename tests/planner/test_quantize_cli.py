@@ -116,6 +116,18 @@ def test_the_command_says_what_auto_chose_and_what_that_costs() -> None:
     assert plan.proof["weights"] == "all in bfloat16"
 
 
+def test_without_a_speed_the_price_is_what_is_read_and_launched() -> None:
+    """Its decoder is most of what the model reads; of 160 layers each product is seven kernels more."""
+    plan = plan_for(find_model(GLM), Machine.parse("24GiB"), Workload(quantize="auto"))
+    assert plan.quantization is not None and plan.quantization.plain_tpot_s is None
+    assert 0.5 < (plan.quantization.read_ratio or 0) < 0.6
+    plain = find_model(GLM).graph(replace(plan.workload, quantize="none"))
+    launched = sum(group.decode.launches(plan.quantities) for group in plain if group.decode)
+    assert plan.quantization.launch_ratio == round((launched + 7 * 160) / launched, 4)
+    (said,) = [one for one in plan.quantization.sentences("bfloat16", None) if one.startswith("A token reads 0.5")]
+    assert said.endswith("times the kernels: which of them counts depends on the GPU.")
+
+
 def test_the_page_says_it_too(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     run(GLM, "--gpus", "24GiB", "--quantize", "nf4", "--report", str(page), "-o", str(tmp_path / "plan.yaml"))
