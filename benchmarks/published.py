@@ -106,7 +106,7 @@ def predicted(row: MemoryRow, costs: CostLibrary) -> Predicted:
 def in_their_unit(found: Sequence[Predicted]) -> Iterator[Predicted]:
     """The rows of a table in GB, or in GiB where a row would be impossible in GB."""
     impossible = any(one.row.published and one.row.published * GB < one.least_bytes for one in found)
-    yield from (replace(one, unit=GIB if impossible else GB) for one in found)
+    yield from (replace(one, unit=one.row.unit or (GIB if impossible else GB)) for one in found)
 
 
 def timed(row: SpeedRow, costs: CostLibrary) -> Timed:

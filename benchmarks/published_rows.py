@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from planner.units import GIB
+
 GPTQ = {"quant_method": "gptq", "group_size": 128, "desc_act": True, "sym": True}
 INT8 = {"quantization_config": {**GPTQ, "bits": 8}}
 INT4 = {"quantization_config": {**GPTQ, "bits": 4}}
@@ -18,14 +20,15 @@ QWEN = "QwenLM/Qwen README: A100-80G, 2,048 tokens generated from one"
 QWEN_LENGTH = "QwenLM/Qwen README, KV cache quantisation: Qwen-7B in bfloat16, by length of what is generated"
 QWEN_BATCH = "QwenLM/Qwen README, KV cache quantisation: Qwen-7B in bfloat16, 1,024 tokens generated, by batch"
 QWEN_EARLY = "QwenLM/Qwen README, first revision"
-GLM = "zai-org/GLM-4 README: GLM-4-9B-Chat on A100-80G, by tokens of the prompt"
-GLM_1M = "zai-org/GLM-4 README: GLM-4-9B-Chat-1M"
+GLM = "zai-org/GLM-4, basic_demo/README_en.md at 0423d7c: GLM-4-9B-Chat on A100-80G, by tokens of the prompt"
+GLM_1M = "zai-org/GLM-4, basic_demo/README_en.md at 0423d7c: GLM-4-9B-Chat-1M"
 GLM_0414 = "zai-org/GLM-4 README: GLM-4-9B-0414, by tokens of the prompt"
-GLM_4V = "zai-org/GLM-4 README: GLM-4V-9B on A100-80G, a picture and tokens of the prompt"
+GLM_4V = "zai-org/GLM-4, basic_demo/README_en.md at 0423d7c: GLM-4V-9B on A100-80G, a picture and tokens of the prompt"
 
 NO_INT8 = "not predicted: its kernels keep keys and values in int8, which no cache here does"
 SMALL_CARD = "a CUDA context of 0.49 GiB is a tenth of it"
 PICTURE_ON_TOP = "from above: the picture's 1,602 positions are taken to come on top of the tokens"
+NO_ROOM = "from above: in int4 the table grows by {growth} MiB a token, which has no room for the logits of its 16-bit rows"
 ANSWER_TOKENS = 128
 """New tokens where a table gives the prompt alone: its peak is at the prompt's end."""
 
@@ -34,6 +37,7 @@ ANSWER_TOKENS = 128
 class MemoryRow:
     """A published peak, in the table's own unit, None for out of memory; and what was run.
 
+    `unit` is that unit's bytes where the table leaves no doubt; "GB" does.
     `config` adds to the model's. `unscored` is the reason why a row is shown without being scored; one without a model
     cannot be predicted either. `step` is what the table's figures are rounded to, `note` what a reader should know.
     """
@@ -41,6 +45,7 @@ class MemoryRow:
     table: str
     what: str
     published: float | None
+    unit: int | None = None
     model: str = ""
     gpus: str = "a100-80g"
     implementation: str = "ours"
@@ -132,14 +137,14 @@ def _qwen_7b(table: str, what: str, figure: float | None, *, unscored: str = "",
 
 
 def _glm() -> Iterator[MemoryRow]:
-    for length, figure in {1000: 19, 8000: 21, 32000: 28, 128000: 58}.items():
+    for length, figure in {1000: 19047, 8000: 20629, 32000: 27779, 128000: 57379}.items():
         yield _glm_row(GLM, f"bfloat16, {length:,} tokens", figure, "glm-4-9b-chat", "glm-4", length)
-    for length, figure in {1000: 8, 8000: 10, 32000: 17}.items():
+    for length, figure in {1000: 8251, 8000: 9613, 32000: 16065}.items():
         yield _glm_row(GLM, f"int4, {length:,} tokens", figure, "glm-4-9b-chat", "glm-4", length, quantize="fp4")
 
 
 def _glm_4v() -> Iterator[MemoryRow]:
-    for precision, figures in {"bfloat16": {1000: 28, 8000: 33}, "int4": {1000: 10, 8000: 15}}.items():
+    for precision, figures in {"bfloat16": {1000: 28131, 8000: 33043}, "int4": {1000: 10267, 8000: 14105}}.items():
         held = {"quantize": "fp4", "quantize_vision": True} if precision == "int4" else {}
         for length, figure in figures.items():
             what = f"{precision}, {length:,} tokens"
@@ -147,18 +152,25 @@ def _glm_4v() -> Iterator[MemoryRow]:
 
 
 def _glm_row(
-    table: str, what: str, figure: float, model: str, implementation: str, length: int, **workload: Any
+    table: str, what: str, mib: int, model: str, implementation: str, length: int, **workload: Any
 ) -> MemoryRow:
+    """A row of tables that are in MiB."""
     return MemoryRow(
         table=table,
         what=what,
-        published=figure,
+        published=round(mib / 1024, 2),
+        unit=GIB,
         model=model,
         implementation=implementation,
         workload={"prompt_tokens": length, "new_tokens": ANSWER_TOKENS, "dtype": "bfloat16", **workload},
-        step=1,
-        note=PICTURE_ON_TOP if workload.get("num_images") else "",
+        note=_glm_note(with_picture="num_images" in workload, in_4_bits="quantize" in workload, length=length),
     )
+
+
+def _glm_note(*, with_picture: bool, in_4_bits: bool, length: int) -> str:
+    if in_4_bits and (with_picture or length > 1000):
+        return NO_ROOM.format(growth=0.55 if with_picture else 0.27)
+    return PICTURE_ON_TOP if with_picture else ""
 
 
 def _without_a_model() -> Iterator[MemoryRow]:
@@ -169,6 +181,7 @@ def _without_a_model() -> Iterator[MemoryRow]:
         table=GLM_1M,
         what="bfloat16, 200,000 tokens",
         published=72.75,
+        unit=GIB,
         unscored="its sizes are in no source that was read, and logits of that prompt alone would be 56 GiB",
     )
     reason = "contradicts its table: 0.9 MB a token from 1,000 to 8,000, 0.25 to 32,000, 0.35 to 100,000"

@@ -2,6 +2,7 @@
 
     python benchmarks/trace_catalogue.py              trace all; writes vlm/graphs/*.json.gz
     python benchmarks/trace_catalogue.py llava qwen2  trace those whose names contain one of these
+    python benchmarks/trace_catalogue.py --kind images   trace these kinds of workload alone, and keep the others
     python benchmarks/trace_catalogue.py --check      compare files with fresh traces; of all, writes docs/costs.md
 
 Batch, number and size of images and length of text vary, as far as one set of polynomials holds for all: the peak of
@@ -229,18 +230,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--kind", default="", help="what the names of the kinds to trace begin with")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    return _check(arguments.names) if arguments.check else _trace(arguments.names)
+    return _check(arguments.names) if arguments.check else _trace(arguments.names, arguments.kind)
 
 
-def _trace(names: Sequence[str]) -> int:
+def _trace(names: Sequence[str], kind: str) -> int:
     for model in traced_models(names):
-        print(model.name, flush=True)
-        skeleton = _skeleton(model)
-        found = {variant(base): widest_costs(model, skeleton, base, batches) for base, batches in base_workloads(model)}
-        write_shipped(model.catalogue_stem or "", {kind: costs for kind, costs in found.items() if costs})
+        wanted = [(base, batches) for base, batches in base_workloads(model) if variant(base).startswith(kind)]
+        if wanted:
+            print(model.name, flush=True)
+            skeleton = _skeleton(model)
+            stem = model.catalogue_stem or ""
+            found = {variant(base): widest_costs(model, skeleton, base, batches) for base, batches in wanted}
+            kept = dict(read_shipped(stem)) | found
+            order = [variant(base) for base, _ in base_workloads(model)]
+            write_shipped(stem, {name: costs for name in order if (costs := kept.get(name))})
     return 0
 
 

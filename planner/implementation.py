@@ -25,7 +25,8 @@ class Implementation:
     `logits` are made of the last position alone, or of the whole prompt, with or without a float32 copy. `rotary`
     tables of cosines and sines are made for a forward, or kept by each layer for all positions there can be. `cache`
     says how it grows: tensor by tensor, "whole" when the old one is kept until all layers have made the new one, or
-    "in place" in memory that was set aside. `launches` of "fused" code are hidden behind the work.
+    "in place" in memory that was set aside. `launches` of "fused" code are hidden behind the work. `products` of
+    weights that are held in 4 bits are in the model's dtype, or in float32 with all their operands.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Implementation:
     rotary: Literal["shared", "per layer"] = "shared"
     cache: Literal["by tensor", "whole", "in place"] = "by tensor"
     launches: Literal["eager", "fused"] = "eager"
+    products: Literal["as the model", "float32"] = "as the model"
 
     @property
     def habits(self) -> str:
@@ -42,6 +44,7 @@ class Implementation:
             *(["rotary tables in every layer"] if self.rotary != "shared" else []),
             *([f"a cache that grows {self.cache}"] if self.cache != "by tensor" else []),
             *(["fused kernels"] if self.launches != "eager" else []),
+            *(["4-bit products in float32"] if self.products == "float32" else []),
         ]
         return ", ".join(found) or "as ours"
 
@@ -64,15 +67,18 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     ),
     "glm-4": Implementation(
         source="official remote code: modeling_chatglm.py, caches as tuples. Logits: zai-org/GLM-4's own table grows "
-        "by 0.31 MiB a token from 8,000 to 128,000, which is one row of logits in 16 bits and the cache",
+        "by 0.31 MiB a token from 8,000 to 128,000, which is about one row of logits in 16 bits and the cache. Its "
+        "trans_stress_test.py gives BitsAndBytesConfig no compute dtype, whose default is float32",
         logits="prompt",
         cache="whole",
+        products="float32",
     ),
     "glm-4v": Implementation(
         source="official remote code of GLM-4V-9B: as glm-4, with all logits in float32 besides (0.73 MiB a token in "
         "its own table)",
         logits="prompt and float32",
         cache="whole",
+        products="float32",
     ),
     "engine": Implementation(
         source="serving engines such as LMDeploy's TurboMind: a cache of pages, and kernels that are not launched by "

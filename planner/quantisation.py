@@ -72,6 +72,8 @@ class FourBit:
 
     Bytes per weight tensor: half of its elements, a float32 scale per block, 16 float32 codes. Quantised again, scales
     are a byte, with a float32 scale per 256 of them, their mean, and 256 float32 codes.
+    Products are of the model's dtype, or of `product_itemsize` bytes an element: then the unpacked weight, inputs and
+    results are there in both, as BitsAndBytesConfig has it where it is given no compute dtype.
     Up to `PACKED_ROWS` rows are multiplied by the packed weight, where inputs fill their blocks; more by a copy in the
     model's dtype, for as long as that takes. Room for it is counted for more rows than one, as 0.49 needs it. Scales
     that are quantised again are unpacked twice over: with and without their mean.
@@ -84,6 +86,7 @@ class FourBit:
     name: str
     double: bool = False
     launches: int = 6
+    product_itemsize: int | None = None
 
     BLOCK = 64
     SCALE_BLOCK = 256
@@ -100,7 +103,9 @@ class FourBit:
 
     def scratch_bytes(self, linear: Linear, one: Pass) -> Polynomial:
         scales = 2 * groups_of(linear.num_weights, self.BLOCK) * FLOAT32 if self.double else 0
-        return constant(scales + self._copy_bytes(linear, one, most_packed_rows=1))
+        copied, cast = self._copy_bytes(linear, one, most_packed_rows=1), self.product_itemsize or 0
+        weight = copied + (copied // one.itemsize) * cast
+        return constant(scales + weight) + one.tokens * ((linear.rows + linear.cols) * cast)
 
     def moved_bytes(self, linear: Linear, one: Pass) -> Polynomial:
         copied = self._copy_bytes(linear, one, most_packed_rows=self.PACKED_ROWS)

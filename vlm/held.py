@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from planner.errors import ConstraintError, UnsupportedModelError
 from planner.graph import ModuleGraph
+from planner.implementation import FLOAT32, IMPLEMENTATIONS
 from planner.packing import packed_while_loaded
-from planner.quantisation import LAYOUTS, Layout, chosen_linears, held_in
+from planner.quantisation import LAYOUTS, FourBit, Layout, chosen_linears, held_in
 from planner.workload import Workload
 from vlm.checkpoint import Checkpoint
 from vlm.stored_layouts import quantization_config, stored_layouts
@@ -42,7 +44,10 @@ def layouts_for(
         raise UnsupportedModelError(
             f"{graph.name} has no linear layers that can be held in {workload.quantize}: its costs name none"
         )
-    return {linear.name: LAYOUTS[workload.quantize] for linear in chosen}
+    layout: Layout = LAYOUTS[workload.quantize]
+    if IMPLEMENTATIONS[workload.implementation].products == "float32" and isinstance(layout, FourBit):
+        layout = replace(layout, product_itemsize=FLOAT32)
+    return {linear.name: layout for linear in chosen}
 
 
 def refuse_twice(name: str, stored: Mapping[str, Any], workload: Workload) -> None:

@@ -118,14 +118,17 @@ def model_from(arguments: argparse.Namespace, *, to_load: bool = False, extrapol
     from vlm.cost_library import CostLibrary
     from vlm.model import find_model
 
-    quiet = getattr(arguments, "quiet", False)
+    said: set[str] = {""} if getattr(arguments, "quiet", False) else set()
 
     def trace(model: TracedModel, workload: Workload) -> TracedCosts:
         from runtime.costs import trace_costs
+        from runtime.quiet import quiet_libraries
 
-        if not quiet:
+        if not said:  # a search traces one kind of workload after the other
             print(f"Tracing {model.name} on virtual GPUs; the result is kept in {folder}", file=sys.stderr)
-        return trace_costs(model, workload)
+            said.add(model.name)
+        with quiet_libraries():
+            return trace_costs(model, workload)
 
     folder = cache_folder()
     costs = CostLibrary(folder, trace, extrapolating).find

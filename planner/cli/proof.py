@@ -39,12 +39,14 @@ def _run(model: Model, plan: Plan) -> Plan:
     """The plan, proven by a run. Raises: UnsupportedModelError where none is possible."""
     try:
         from runtime.proving import prove
+        from runtime.quiet import quiet_libraries
         from runtime.virtual import VirtualGpuUnavailableError
     except ModuleNotFoundError as problem:
         raise UnsupportedModelError(
             f"a proof is a run, which needs {problem.name}: pip install 'plan-devices[torch]'"
         ) from problem
     try:
-        return prove(model, plan)
+        with quiet_libraries():
+            return prove(model, plan)
     except (VirtualGpuUnavailableError, ConstraintError) as problem:
         raise UnsupportedModelError(f"no run is possible here: {problem}") from problem

@@ -19,6 +19,7 @@ from planner.quantisation import (
     LAYOUTS,
     Decompressed,
     Float8,
+    FourBit,
     Layout,
     Packed,
     Pass,
@@ -131,6 +132,17 @@ def test_four_bits_are_unpacked_for_more_rows_than_one() -> None:
     assert activations(one, "prefill", ONE) == 80 + unpacked
     assert [max(m(ONE) for m in i.held[0][1]) for i in one.intervals] == [80 + unpacked, 9, 5]
     assert [max(m(TWO) for m in i.held[0][1]) for i in two.intervals] == [80 + unpacked, 9 + unpacked, 5]
+
+
+def test_products_in_float32_hold_weights_inputs_and_results_in_both() -> None:
+    plain, cast = LAYOUTS["fp4"], FourBit(name="fp4", product_itemsize=4)
+    counts = replace(ONE, text_tokens=7, image_tokens=0)
+    for rows in (1, 7):
+        one = pass_of(rows)
+        weight = 0 if rows == 1 else 4 * SQUARE.num_weights
+        more = cast.scratch_bytes(SQUARE, one)(counts) - plain.scratch_bytes(SQUARE, one)(counts)
+        assert more == weight + 4 * rows * (SQUARE.rows + SQUARE.cols)
+    assert cast.weight_bytes(SQUARE, 2) == plain.weight_bytes(SQUARE, 2)
 
 
 def test_eight_bits_need_room_for_their_inputs_and_for_products_in_int32() -> None:
