@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from planner.errors import ConstraintError, UnsupportedModelError
+from planner.errors import ConstraintError, SourceError, UnsupportedModelError
 from planner.graph import ModuleGraph
 from planner.implementation import FLOAT32, IMPLEMENTATIONS
 from planner.packing import packed_while_loaded
@@ -25,8 +25,21 @@ def held_graph(
     Raises: ConstraintError for a quantised checkpoint that is to be quantised; UnsupportedModelError where the model
     has no layers for it, or the checkpoint's method is unknown; SourceError where its headers contradict the config.
     """
+    if checkpoint is not None and quantization_config(config) is None:
+        refuse_other_shapes(graph, checkpoint)
     held = held_in(graph, layouts_for(graph, workload, config, checkpoint), workload.num_sequences)
     return held if workload.quantize not in LAYOUTS else packed_while_loaded(held)
+
+
+def refuse_other_shapes(graph: ModuleGraph, checkpoint: Checkpoint) -> None:
+    """Raise SourceError when a linear layer's weight is stored under its own name in another shape."""
+    for linear in (linear for group in graph for linear in group.linears):
+        header = checkpoint.tensors.get(f"{linear.name}.weight")
+        if header is not None and header.shape != (linear.rows, linear.cols):
+            raise SourceError(
+                f"{header.shard}: {linear.name}.weight is {list(header.shape)}, the config says "
+                f"{[linear.rows, linear.cols]}. Download config and weights from the same revision"
+            )
 
 
 def layouts_for(

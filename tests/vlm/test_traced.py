@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from planner import Workload
-from planner.errors import ConstraintError, PlannerError, UnsupportedModelError
-from planner.graph import Home, ModuleGraph, ModuleGroup
+from planner.errors import ConstraintError, PlannerError, SourceError, UnsupportedModelError
+from planner.graph import Home, Linear, ModuleGraph, ModuleGroup
+from vlm.checkpoint import Checkpoint, TensorHeader
 from vlm.cost_library import CostLibrary
+from vlm.held import held_graph
 from vlm.image_rule import ImageRule
 from vlm.internlm_xcomposer2_hd.tiling import Tiling
 from vlm.model import find_model
@@ -190,3 +193,18 @@ def test_what_all_costs_agree_on_is_not_asked_for_again() -> None:
     toy.resolved(Workload(num_images=2, batch_size=3))
     assert (toy.fingerprint, toy.max_positions, toy.fixed_image_px) == ("f00d", 4096, (336, 336))
     assert len(tracer.asked) == 1
+
+
+@pytest.mark.parametrize(("name", "shape"), [("a.up.weight", (5, 3)), ("a.up.weight", (3, 4)), ("b.up.weight", (5, 3))])
+def test_a_layer_that_is_stored_in_another_shape_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    """Names that the model does not have are left to the loader, which knows how they have changed."""
+    group = replace(costs(None).graph.groups[0], linears=(Linear("a.up", 4, 3),))
+    graph = replace(costs(None).graph, groups=(group,))
+    header = TensorHeader(shard=Path("model.safetensors"), dtype="BF16", shape=shape)
+    checkpoint = Checkpoint(folder=Path(), config={}, tensors={name: header, "a.down.weight": header})
+    if name == "b.up.weight":
+        assert held_graph(graph, Workload(), {}, checkpoint) == graph
+        return
+    said = re.escape(f"model.safetensors: a.up.weight is {list(shape)}, the config says [4, 3]")
+    with pytest.raises(SourceError, match=said):
+        held_graph(graph, Workload(), {}, checkpoint)
