@@ -21,6 +21,8 @@ from planner.timing import FLOPS_FRACTION, PCIE_BYTES_PER_S
 
 FORMAT = "module-graph/1"
 MAX_NODES = 5000
+MAX_BYTES = 10**15
+"""Of a group or a device: a petabyte."""
 MAX_SHOWN = 12
 _TOP_KEYS = {"format", "name", "groups", "edges", "colocate", "separate", "pins", "machine"}
 
@@ -111,8 +113,8 @@ class _Reader:
             elif name in seen:
                 self._note(NAMES, [f"device {name!r} is named twice"])
             seen.add(name)
-            memory = self._number(entry.get("memory_bytes"), f"machine.{where}.memory_bytes")
-            yield GraphDevice(name=name, kind=kind, memory_bytes=int(memory))
+            memory = self._bytes(entry.get("memory_bytes"), f"machine.{where}.memory_bytes")
+            yield GraphDevice(name=name, kind=kind, memory_bytes=memory)
         if not seen:
             self._note(UNREADABLE, ["machine.devices is empty: give at least one device"])
 
@@ -127,8 +129,8 @@ class _Reader:
                 self._note(UNREADABLE, [f"more than {MAX_NODES} groups: merge some"])
                 return
             seen.add(name)
-            memory = self._number(entry.get("memory_bytes"), f"group {name!r}: memory_bytes")
-            yield Node(id=name, memory_bytes=int(memory), seconds=self._seconds(entry, kinds, f"group {name!r}"))
+            memory = self._bytes(entry.get("memory_bytes"), f"group {name!r}: memory_bytes")
+            yield Node(id=name, memory_bytes=memory, seconds=self._seconds(entry, kinds, f"group {name!r}"))
 
     def _seconds(self, entry: Mapping[str, Any], kinds: Iterable[str], where: str) -> dict[str, float]:
         """By kind: `seconds` as a number or by kind, or `flops` on kinds that are known GPU models."""
@@ -162,6 +164,14 @@ class _Reader:
             return 0.0
         return number
 
+    def _bytes(self, value: Any, what: str) -> int:
+        """A whole number of bytes that sums of thousands of which can be counted with."""
+        number = self._number(value, what)
+        if number != int(number) or number > MAX_BYTES:
+            self._note(COSTS, [f"{what} is {value!r}: bytes are a whole number of at most {MAX_BYTES:.0e}"])
+            return 0
+        return int(number)
+
     def _ends(self, place: Mapping[str, int]) -> Iterator[tuple[str, Mapping[str, Any], int, int]]:
         for where, entry in self._entries("edges"):
             ends = [str(entry.get(end, "")) for end in ("source", "target")]
@@ -191,7 +201,12 @@ class _Reader:
         given = machine.get("bandwidth_bytes_per_s") if isinstance(machine, Mapping) else None
         if given is None:
             return PCIE_BYTES_PER_S
-        return self._number(given, "machine.bandwidth_bytes_per_s") or PCIE_BYTES_PER_S
+        bandwidth = self._number(given, "machine.bandwidth_bytes_per_s")
+        if not bandwidth:
+            self._note(
+                COSTS, ["machine.bandwidth_bytes_per_s has to be above zero: leave it out where it is not known"]
+            )
+        return bandwidth or PCIE_BYTES_PER_S
 
     def _order(self, nodes: list[Node], position: Mapping[str, int]) -> list[Node]:
         """The nodes in an order in which they can run, as near to the file's as that allows."""

@@ -17,14 +17,15 @@ from planner.errors import InfeasibleError
 from planner.placement_graph import PlacementGraph, bottleneck_s, device_loads
 from planner.problem import Status
 from planner.solve.linear_order import best_cut
+from planner.solve.relaxation import least_slowest_s
 from planner.units import format_bytes
 
 METHOD = "cp-sat"
 RACED = "cp-sat, time limit: not reproducible"
 NUM_WORKERS = 8
 SEED = 1
-EFFORT = 60.0
-"""Deterministic time units after which the search stops: a minute or so on two cores."""
+EFFORT = 12.0
+"""Deterministic time units after which the search stops: half a minute or so on one core."""
 RESOLUTION = 10**7
 """Ticks in the seconds of all nodes on their slowest device: costs are rounded to these, downwards for the bound."""
 
@@ -51,7 +52,9 @@ def solve(graph: PlacementGraph, time_limit_s: float | None = None) -> GraphSolu
     Raises: InfeasibleError when no placement keeps all constraints and fits.
     """
     parts = _parts(graph)
-    model = _Model(graph, parts)
+    classes = _device_classes(graph)
+    least_s = least_slowest_s(graph, parts, classes)
+    model = _Model(graph, parts, classes, least_s)
     hint = best_cut(graph, parts)
     if hint is not None and _is_legal(graph, hint):
         model.start_from(hint)
@@ -66,7 +69,7 @@ def solve(graph: PlacementGraph, time_limit_s: float | None = None) -> GraphSolu
     else:
         placement = model.placement(solver)
     value = bottleneck_s(graph, placement)
-    bound = min(value, max(0.0, solver.best_objective_bound) * model.tick_s)
+    bound = min(value, max(least_s, solver.best_objective_bound * model.tick_s))
     proven = outcome == cp_model.OPTIMAL
     return GraphSolution(
         status="OPTIMAL" if proven else "FEASIBLE",
@@ -101,11 +104,18 @@ def _parts(graph: PlacementGraph) -> list[tuple[int, ...]]:
 class _Model:
     """The variables: `inside[part][stage]`, and `gets[stage][class]`."""
 
-    def __init__(self, graph: PlacementGraph, parts: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        graph: PlacementGraph,
+        parts: Sequence[tuple[int, ...]],
+        classes: Sequence[Sequence[int]],
+        least_s: float,
+    ) -> None:
         self._graph = graph
         self._parts = parts
+        self._classes = classes
+        self._least_s = least_s
         self._part_of = {node: index for index, part in enumerate(parts) for node in part}
-        self._classes = _device_classes(graph)
         self._stages = range(len(graph.devices))
         self.model = cp_model.CpModel()
         longest = sum(max(node.seconds.values()) for node in graph.nodes) + 2 * sum(t.seconds for t in graph.tensors)
@@ -119,9 +129,14 @@ class _Model:
 
     def start_from(self, placement: tuple[int, ...]) -> None:
         """Begin the search at this placement."""
-        for part, stage in enumerate(self._stage_numbers(placement)):
-            for index in self._stages:
-                self.model.add_hint(self._inside[part][index], int(index == stage))
+        order = self._stage_order(placement)
+        stage_of = {device: stage for stage, device in enumerate(order)}
+        for stage, device in enumerate(order):
+            for gets, devices in zip(self._gets[stage], self._classes, strict=True):
+                self.model.add_hint(gets, int(device in devices))
+        for inside, part in zip(self._inside, self._parts, strict=True):
+            for stage in self._stages:
+                self.model.add_hint(inside[stage], int(stage == stage_of[placement[part[0]]]))
 
     def placement(self, solver: cp_model.CpSolver) -> tuple[int, ...]:
         """The devices that a solution gives, by node: within a class, in the order of stages."""
@@ -133,14 +148,14 @@ class _Model:
         stage_of = [next(s for s in self._stages if solver.boolean_value(inside[s])) for inside in self._inside]
         return tuple(device_of[stage_of[self._part_of[node]]] for node in range(len(self._graph.nodes)))
 
-    def _stage_numbers(self, placement: tuple[int, ...]) -> list[int]:
-        """Stages in an order in which no edge leads back, by part."""
+    def _stage_order(self, placement: tuple[int, ...]) -> list[int]:
+        """The devices in an order in which no edge leads back, those without nodes last."""
         network: nx.DiGraph[int] = nx.DiGraph()
         network.add_nodes_from(placement)
         pairs = ((placement[t.source], placement[reader]) for t in self._graph.tensors for reader in t.readers)
         network.add_edges_from((source, target) for source, target in pairs if source != target)
-        rank = {device: index for index, device in enumerate(nx.lexicographical_topological_sort(network))}
-        return [rank[placement[part[0]]] for part in self._parts]
+        used = list(nx.lexicographical_topological_sort(network))
+        return [*used, *(device for device in range(len(self._graph.devices)) if device not in used)]
 
     def _assign(self) -> None:
         for inside in self._inside:
@@ -180,7 +195,9 @@ class _Model:
     def _bound_loads(self) -> None:
         """The objective: the most ticks on any device; and each device's memory."""
         graph = self._graph
-        slowest = self.model.new_int_var(0, 2 * RESOLUTION, "slowest")
+        rounding = len(self._parts) + 2 * len(graph.tensors)  # every cost is rounded down
+        least = max(0, int(self._least_s / self.tick_s) - rounding)
+        slowest = self.model.new_int_var(least, 2 * RESOLUTION, "slowest")
         transfers = [self._transfer_terms(stage) for stage in self._stages]
         for kind, devices in enumerate(self._classes):
             device = devices[0]

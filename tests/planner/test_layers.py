@@ -27,7 +27,7 @@ ALLOWED_PLACES = {
         *("planner/cli", "runtime/progress.py"),
     },
     "pynvml": {"runtime/probe.py"},
-    "ortools": {"planner/solve/cp_sat.py"},
+    "ortools": {"planner/solve/cp_sat.py", "planner/solve/relaxation.py"},
 }
 """Libraries that one file, or a folder, keeps to itself."""
 

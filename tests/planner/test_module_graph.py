@@ -23,6 +23,7 @@ from planner.module_graph_file import module_graph_from, read_module_graph
 from planner.placement_graph import PlacementGraph, bottleneck_s, device_loads
 from planner.solve import cp_sat
 from planner.solve.linear_order import best_cut
+from planner.solve.relaxation import least_slowest_s
 from planner.workload import Workload
 from vlm.model import find_model
 
@@ -124,6 +125,8 @@ def test_the_solver_equals_brute_force(content: dict[str, Any]) -> None:
     solution = cp_sat.solve(graph)
     placement = named(graph, solution.placement)
     assert legal(content, placement) and solution.status == "OPTIMAL"
+    parts = [(node,) for node in range(len(graph.nodes))]
+    assert least_slowest_s(graph, parts, [[device] for device in range(len(graph.devices))]) <= best + 1e-6
     assert seconds_of(content, placement) == pytest.approx(best, abs=1e-5) == solution.value_s
 
 
@@ -193,6 +196,20 @@ def test_nothing_that_fits_is_said_with_what_is_needed() -> None:
         cp_sat.solve(module_graph_from(content, "x"))
 
 
+def test_what_nodes_and_memory_alone_demand_bounds_a_placement_that_no_search_was_given_time_for() -> None:
+    """Ten seconds on two equal devices; on unlike ones the quick device takes three quarters; a full one what fits."""
+    content = row(*[1.0] * 10, cost=0.5)
+    classes, parts = [[0, 1]], [(node,) for node in range(10)]
+    graph = module_graph_from(content, "x")
+    assert least_slowest_s(graph, parts, classes) == pytest.approx(5.0)
+    content["machine"] = {"devices": [{"name": f"d{k}", "kind": k, "memory_bytes": 10} for k in "ab"]}
+    for group in content["groups"]:
+        group["seconds"] = {"a": 1.0, "b": 3.0}
+    assert least_slowest_s(module_graph_from(content, "x"), parts, [[0], [1]]) == pytest.approx(7.5)
+    content["machine"]["devices"][0]["memory_bytes"] = 4
+    assert least_slowest_s(module_graph_from(content, "x"), parts, [[0], [1]]) == pytest.approx(18.0)
+
+
 def test_the_same_question_has_the_same_answer() -> None:
     graph = module_graph_from(row(*[1.0 + i % 3 for i in range(12)], devices=3, cost=0.1), "x")
     assert cp_sat.solve(graph) == cp_sat.solve(graph)
@@ -248,6 +265,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a negative cost": (
         changed(groups=[{"id": "n0", "memory_bytes": -1, "seconds": 1}], edges=[]),
         "group 'n0': memory_bytes is -1: a cost is a number of zero or more",
+    ),
+    "more bytes than can be counted": (
+        changed(groups=[{"id": "n0", "memory_bytes": 10**30, "seconds": 1}], edges=[]),
+        "group 'n0': memory_bytes is 1000000000000000000000000000000: bytes are a whole number of at most 1e+15",
+    ),
+    "a part of a byte": (
+        changed(groups=[{"id": "n0", "memory_bytes": 1.5, "seconds": 1}], edges=[]),
+        "group 'n0': memory_bytes is 1.5: bytes are a whole number",
+    ),
+    "links that carry nothing": (
+        changed(machine={**GOOD["machine"], "bandwidth_bytes_per_s": 0}),
+        "machine.bandwidth_bytes_per_s has to be above zero",
     ),
     "a missing cost": (changed(groups=[{"id": "n0", "memory_bytes": 1}], edges=[]), "group 'n0': seconds is missing"),
     "a group twice": (changed(groups=[*GOOD["groups"], GOOD["groups"][0]]), "group 'n0' is given twice"),
