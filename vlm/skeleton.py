@@ -28,6 +28,7 @@ from vlm.own_code import own_classes
 HUGE_NUMEL = 2**26
 """Elements: a rotary cache of a million positions has as many."""
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 _REFUSALS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
@@ -58,7 +59,7 @@ def build_skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa")
         raise SourceError(f"the config of {model.name} is no {config_class.__name__}: {what}") from problem
     model_class = model_class or _task_class(config, model.name)
     try:
-        with init_empty_weights(include_buffers=False), _HugeOnMeta():
+        with init_empty_weights(include_buffers=False), _LittleWork():
             skeleton = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
     except (*_REFUSALS, ImportError) as problem:
         raise UnsupportedModelError(
@@ -70,13 +71,18 @@ def build_skeleton(model: Model, *, dtype: torch.dtype, attention: str = "sdpa")
     return skeleton.eval()
 
 
-class _HugeOnMeta(TorchFunctionMode):
-    """Lets tensors that no buffer is as large as be made without bytes: some experts' weights start as real zeros."""
+class _LittleWork(TorchFunctionMode):
+    """Lets tensors that no buffer is as large as be made without bytes: some experts' weights start as real zeros.
+
+    Nor is any without bytes filled at random, which takes torch a millisecond each to do nothing.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
         if func in _FACTORIES and "device" not in kwargs:
             shape = args[0] if args and isinstance(args[0], list | tuple) else args
             if all(isinstance(length, int) for length in shape) and prod(shape) > HUGE_NUMEL:

@@ -64,6 +64,8 @@ class Part:
 
     `atoms` are those it runs, `weights` those whose tensors it holds; `ends` are modules of later stages. `inputs` are
     the floating inputs whose values it needs. `witnesses` are cache layers of other stages whose length it keeps.
+    `unseen` are modules that did not run when the flows were followed, and that no stage has. `first_layer` is the
+    first atom that makes the cache longer: until there a prompt is about pictures. None where none does.
     """
 
     stage: int
@@ -198,12 +200,11 @@ class _Draft:
                 inside.setdefault(name, set()).add(self._stages[atom])
                 if atom in self._own or atom in self._received:
                     excluded.add(name)
-        on_one_side = {
+        return {
             name: stages
             for name, stages in inside.items()
             if name not in excluded and (min(stages) > self._stage or max(stages) < self._stage)
         }
-        return on_one_side
 
     def _needs(self, blank: Mapping[str, set[int]]) -> set[Source]:
         needed = {source for call in self._flows.calls if call.module in self._own for source in call.sources}

@@ -114,16 +114,18 @@ class Engine:
         batch = self._told(next(batches, None)) if self._is_first else self.transport.receive_object(0)
         if batch is None:
             return None
-        device = self.transport.device
-        inputs = relocate(
-            dict(batch.inputs),
-            lambda tensor: (
-                torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor.to(device)
-            ),
-        )
+        self._says("preparing the prompts", batch)
+        group = Group(self.model, relocate(dict(batch.inputs), self._placed), options, batch.seeds)
         self._num_groups += 1
-        group = Group(self.model, inputs, options, batch.seeds)
         return _Slot(batch=batch, group=group, number=self._num_groups - 1)
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An input on this stage's device; of one that came without bytes nobody looks at the values."""
+        device = self.transport.device
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor.to(device)
+
+    def _says(self, what: str, batch: Batch) -> None:
+        self.doing(f"{what} of requests {', '.join(map(str, batch.indexes))}")
 
     def _told(self, batch: Batch | None) -> Batch | None:
         """The batch, after every other stage has been sent what it needs of it."""
@@ -138,8 +140,7 @@ class Engine:
 
     def _step(self, slot: _Slot) -> None:
         group, transport = slot.group, self.transport
-        what = f"token {group.num_steps} of" if group.num_steps else "the prompts of"
-        self.doing(f"running {what} requests {', '.join(map(str, slot.batch.indexes))}")
+        self._says(f"running token {group.num_steps}" if group.num_steps else "running the prompts", slot.batch)
         has_pictures = any(
             isinstance(value, torch.Tensor) and value.is_floating_point() for value in slot.batch.inputs.values()
         )

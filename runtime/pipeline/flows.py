@@ -31,8 +31,10 @@ from runtime.virtual.adapter import TorchDispatchMode
 
 SourceKind = Literal["output", "inside", "weights", "input"]
 CACHE = "past_key_values"
-_ARRANGES = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones"})
-_ARRANGES_TOO = frozenset({"new_full", "new_empty_strided", "empty_strided", "rand_like", "randn_like"})
+_ARRANGES = frozenset(
+    {f"{how}_like" for how in ("empty", "zeros", "ones", "full", "rand", "randn")}
+    | {f"new_{how}" for how in ("empty", "empty_strided", "zeros", "ones", "full")}
+)
 """Operations that take a tensor's looks and not its values, by name."""
 _LOOP = ("generate", "_prefill", "_sample")
 """Methods of transformers' generation that the pipeline stands in for."""
@@ -208,7 +210,7 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         outcome = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in _ARRANGES or name in _ARRANGES_TOO:
+        if name in _ARRANGES:
             return outcome
         read: set[Source] = set()
         for value in (*args, *(kwargs or {}).values()):

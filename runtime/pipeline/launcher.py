@@ -175,8 +175,8 @@ def _exit_code_of_signal(folder: Path, number: signal.Signals) -> int:
 
 
 def _told(folder: Path) -> int | None:
-    """The exit code that goes with what a process of this host has said; None where none has."""
-    for path in folder.rglob("error.json"):
+    """The exit code that goes with what a process of this host has said last; None where none has."""
+    for path in sorted(folder.rglob("error.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         content = json.loads(path.read_text())
         if EXIT_CODE in content:
             return int(content[EXIT_CODE])

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from planner import Machine, Plan, Workload
 from planner.memory import MemoryBreakdown
 from runtime import load_sharded, place_inputs
-from runtime.planning import plan_model
+from runtime.planning import plan_of_module, problem_of_module
 from runtime.quiet import quiet_libraries
-from tests.runtime.pipeline.jobs import Outcomes, run_cases
+from tests.runtime.pipeline.jobs import ROOT, Outcomes, run_cases
 from vlm.inputs import example_inputs
 from vlm.internlm_xcomposer2.processing import XComposer2Processor
 from vlm.internlm_xcomposer2.random_checkpoint import write_random_checkpoint
@@ -91,9 +91,12 @@ def outcomes(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -
         asked[name, 2] = cases[name].of(2, folder)
     folders = [str(composer.folder), str(other_checkpoint(folder))]
     asked["other checkpoint", 2] = composer.of(2, folder, folders=folders)
+    script = [str(ROOT / "examples" / "answer_in_a_pipeline.py"), [cases["xcomposer2"].of(2, folder)["plan"]]]
+    script[1] += [str(composer.folder), "virtual"]
+    asked["example", 2] = {"num_stages": 2, "script": script}
     asked["full device", 2] = composer.of(2, folder, devices="virtual", plan=str(full_plan(composer, folder)))
     asked = dict(sorted(asked.items(), key=lambda item: -item[1]["num_stages"]))
-    return run_cases(asked, folder)
+    return run_cases(Path(asked["xcomposer2", 4]["plan"]), asked, folder)
 
 
 def answers(model: Any, batches: list[dict[str, Any]], options: Mapping[str, Any] = GREEDY) -> list[list[int]]:
@@ -126,7 +129,8 @@ def transformers_case(model_type: str, folder: Path, dtype: torch.dtype = torch.
 
     def plan(num_stages: int) -> Plan:
         machine = Machine.parse(f"{num_stages}x24GiB")
-        return plan_model(model, batches[0], machine=machine, workload=Workload(new_tokens=6, dtype=name))
+        asked = Workload(new_tokens=6, dtype=name)
+        return plan_of_module(model, *problem_of_module(model, batches[0], machine, asked, {}))
 
     return Case(checkpoint, inputs, answers(model, batches), plan)
 

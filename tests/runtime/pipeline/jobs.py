@@ -29,11 +29,12 @@ class Job:
     @classmethod
     def start(cls, *command: str | Path, cwd: Path | None = None, within: Sequence[str] = ()) -> Job:
         """Python with this command; `within` is what runs it, such as in another network."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # Nothing is compiled here, and bitsandbytes would load torch's compiler for seconds to find that out.
+        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
         process = subprocess.Popen(
             [*within, sys.executable, *map(str, command)],
             cwd=cwd,
-            env=environment,
+            env={**os.environ, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -85,18 +86,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def torchrun(num_processes: int, *program: str | Path) -> Job:
-    """torchrun itself, without the launch command."""
-    options = ["--nproc-per-node", str(num_processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    return Job.start("-m", "torch.distributed.run", *options, "--local-addr", "127.0.0.1", *program)
-
-
 @dataclass
 class Outcomes:
     """What came out of each case, by its name and number of stages, and how the job of all of them ended."""
 
     found: dict[tuple[str, int], dict[str, Any]]
     code: int
+    out: str
     err: str
 
     def __getitem__(self, case: tuple[str, int]) -> dict[str, Any]:
@@ -104,19 +100,19 @@ class Outcomes:
         return self.found[case]
 
 
-def run_cases(cases: Mapping[tuple[str, int], dict[str, Any]], folder: Path) -> Outcomes:
-    """The outcomes of cases, all of them in one start of as many processes as the largest needs."""
+def run_cases(plan: Path, cases: Mapping[tuple[str, int], dict[str, Any]], folder: Path) -> Outcomes:
+    """The outcomes of cases, all of them in one start of as many processes as `plan` has stages."""
     outs = {case: folder / f"out{number}.json" for number, case in enumerate(cases)}
     job_file = folder / "job.json"
     job_file.write_text(json.dumps([{**content, "out": str(outs[case])} for case, content in cases.items()]))
-    code, _, err = torchrun(max(content["num_stages"] for content in cases.values()), WORKER, job_file).ended()
+    code, out, err = Job.start("-m", "planner", "launch", plan, WORKER, job_file).ended()
     found = {}
     for case, path in outs.items():
         if path.exists():
             content = json.loads(path.read_text())
             content["answers"] = {int(index): ids for index, ids in content.get("answers", {}).items()}
             found[case] = content
-    return Outcomes(found, code, err)
+    return Outcomes(found, code, out, err)
 
 
 def messages(err: str) -> list[str]:

@@ -55,6 +55,13 @@ def test_sampling_depends_on_the_seed_and_not_on_stages_or_groups(outcomes: Outc
     assert seven != outcomes["xcomposer2", 2]["answers"]
 
 
+def test_the_example_answers_all_its_questions(outcomes: Outcomes) -> None:
+    printed = outcomes.out.splitlines()
+    numbers = [int(line.split()[0]) for line in printed if line[0].isdigit()]
+    assert sorted(numbers) == list(range(12))
+    assert any(line.startswith("stage 1  ") for line in printed)
+
+
 def test_another_checkpoint_in_one_process_is_found_before_weights_are_read(outcomes: Outcomes) -> None:
     refusal = outcomes["other checkpoint", 2]["refusal"]
     assert "the processes have different checkpoint: rank 0, stage 0 on cuda:0" in refusal
@@ -67,5 +74,5 @@ def test_a_full_device_ends_all(outcomes: Outcomes) -> None:
     _, message = messages(outcomes.err)
     assert outcomes.code == 1
     assert "rank 1, stage 1 on cuda:1" in message
-    assert "out of memory while running the prompts of requests 0" in message
+    assert "out of memory while preparing the prompts of requests 0, 1" in message
     assert "vgpu:0 has a total capacity" in message

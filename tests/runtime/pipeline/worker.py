@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,23 @@ def run(case: dict[str, Any]) -> None:
         Path(case["out"]).write_text(json.dumps(found))
 
 
+def run_script(name: str, arguments: list[str]) -> None:
+    """A script, as if torchrun had started it."""
+    sys.argv = [name, *arguments]
+    runpy.run_path(name, run_name="__main__")
+
+
 def main() -> None:
     """Run all cases, each in the first processes of this job, as if it were one of so many."""
+    # Else every collection would look through all that was imported.
+    gc.freeze()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with quiet_libraries():
         for case in json.loads(Path(sys.argv[1]).read_text()):
             if int(os.environ["RANK"]) < case["num_stages"]:
                 os.environ["WORLD_SIZE"] = str(case["num_stages"])
-                run(case)
+                run_script(*case["script"]) if "script" in case else run(case)
                 gc.collect()
 
 
