@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
 
     program = program_of(arguments.program, arguments.plan)
     if len(plan.machine.hosts) > 1 and arguments.host is None:
-        _print_commands(host_commands(plan, program, arguments.rendezvous))
+        _print_commands(host_commands(plan, program, arguments.rendezvous), arguments, arguments.program)
         return 0
     if arguments.host is not None:
         program = [*program, "--host", arguments.host]
@@ -62,15 +62,17 @@ def _describe(plan: Plan, arguments: argparse.Namespace) -> None:
     else:
         print(f"Planned for {2 * groups.num_slots} groups of {num_tokens} new tokens: # pictures, A prompts, a tokens")
         print(schedule.chart())
-    program = program_of([plan.model.name, *QUESTIONS], arguments.plan)
-    _print_commands(host_commands(plan, program, arguments.rendezvous))
-    if len(plan.machine.hosts) == 1:
-        print(f"# the same\n{shlex.join(['plan-devices', 'launch', str(arguments.plan), plan.model.name, *QUESTIONS])}")
+    asked = [plan.model.name, *QUESTIONS]
+    commands = host_commands(plan, program_of(asked, arguments.plan), arguments.rendezvous)
+    _print_commands(commands, arguments, asked)
 
 
-def _print_commands(commands: Mapping[str, str]) -> None:
+def _print_commands(commands: Mapping[str, str], arguments: argparse.Namespace, program: Sequence[str]) -> None:
+    """Print torchrun's command of every host, and ours, which finds the way where host names do not lead to hosts."""
     for host, command in commands.items():
         print(f"# on {host or 'this host'}\n{command}")
+    where = ["--host", "NAME", "--rendezvous", arguments.rendezvous or "ADDRESS:PORT"] if len(commands) > 1 else []
+    print(f"# or\n{shlex.join(['plan-devices', 'launch', *where, str(arguments.plan), *program])}")
 
 
 def _has_first_stage(plan: Plan, host: str | None) -> bool:

@@ -128,12 +128,13 @@ class Pipeline:
     ) -> Iterator[Finished]:
         """Run batches of inputs, `num_slots` of them in flight, and yield each as it is finished, in any order.
 
+        By default as many are in flight as the plan's estimate finds best.
         `options` are those of transformers' `generate`, but for several sequences a request. Other stages serve.
         """
         if not self.is_first:
             self._serve()
             return
-        order = Order(options=dict(options), num_slots=num_slots or len(self.plan.stages))
+        order = Order(options=dict(options), num_slots=num_slots or groups_for(self.plan).num_slots)
         with self._watch.guarded():
             yield from self._engine.lead(order, iter(batches))
 
@@ -168,6 +169,7 @@ class Pipeline:
         if problem is None:
             self.close()
         elif not getattr(problem, "is_reported", False):
+            self._watch.doing("its answers were used")
             with self._watch.guarded():
                 raise problem
 

@@ -34,7 +34,7 @@ class StageModel:
         self.skeleton = skeleton
         self.part = cut.parts[stage]
         self.transport = transport
-        self._state = [(path, name) for path, name in cut.state]
+        self._state = cut.state
         self._fresh = self._read_state()
         _install(skeleton, self.part, transport)
 
@@ -57,7 +57,7 @@ class StageModel:
         shape = (ids if ids is not None else inputs["inputs_embeds"]).shape
         for index in self.part.witnesses:
             if index < len(layers):
-                _lengthen(layers[index], shape[0], shape[1], self.transport.device)
+                _add_positions(layers[index], shape[0], shape[1], self.transport.device)
         for layer in layers:
             if hasattr(layer, "has_previous_state") and not any(layer.is_conv_states_initialized.values()):
                 layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
@@ -70,7 +70,7 @@ class StageModel:
             setattr(self.skeleton.get_submodule(path), name, value)
 
 
-def _lengthen(layer: Any, batch_size: int, num_positions: int, device: torch.device) -> None:
+def _add_positions(layer: Any, batch_size: int, num_positions: int, device: torch.device) -> None:
     if hasattr(layer, "update"):
         # One number per position is enough to be counted.
         blank = torch.zeros(batch_size, 1, num_positions, 1, device=device)
@@ -110,7 +110,7 @@ def _stand_in(standin: Standin, transport: Transport) -> Any:
         for index in standin.fills:
             layer = kwargs[CACHE].layers[index]
             if not layer.get_seq_length():
-                _lengthen(layer, 1, 1, device)
+                _add_positions(layer, 1, 1, device)
         if rule is None:
             looks = transport.receive_looks(standin.owner)
         else:

@@ -11,15 +11,14 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from threading import Event, Thread, current_thread, main_thread
+from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from planner.errors import ConstraintError, PlannerError
 from runtime.pipeline.agreement import DisagreementError
 from runtime.pipeline.members import Member
+from runtime.pipeline.signals import SignalSocket, handles_of, has_ended
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
@@ -85,7 +85,7 @@ class Watch:
         self._error_file = error_file
         self._heard = {rank: ("", time.monotonic()) for rank in self._members}
         self._all_wait_since: float | None = None
-        self._handles = _handles(me, members)
+        self._handles = handles_of(me, members)
         self._doing = "starting"
         self._left = Event()
         self._over: Fault | None = None
@@ -148,7 +148,8 @@ class Watch:
             if self._waits_for is None:
                 self._fail(f"{type(problem).__name__} while {self._doing}: {_first_line(problem)}")
                 raise
-            raise PipelineError(str(self._explained(problem))) from problem
+            # What a message ended with says nothing: why it did not come does.
+            raise PipelineError(str(self._explained(problem))) from None
         except GeneratorExit:
             # An exception on its way to whoever guards it closes the generators that it passes, too.
             self._abandoned_since = time.monotonic()
@@ -242,7 +243,7 @@ class Watch:
     def _dead(self) -> Fault | None:
         """Who of this host has ended without a goodbye."""
         for rank, handle in list(self._handles.items()):
-            if _has_ended(handle):
+            if has_ended(handle):
                 del self._handles[rank]
                 if not self._store.check([f"{_DONE}/{rank}"]):
                     cause = "its process died (killed, or crashed)"
@@ -305,66 +306,13 @@ class Watch:
     def _kill_hanging(self, fault: Fault) -> None:
         """End the process at fault where it is on this host: a stopped one heeds no other signal."""
         for rank, handle in self._handles.items():
-            if str(self._members[rank]) == fault.member and not _has_ended(handle):
+            if str(self._members[rank]) == fault.member and not has_ended(handle):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
 
     def _sleep(self) -> None:
         """Until the next beat, or until something happens."""
         select.select([self._signals.reader, *self._handles.values()], [], [], BEAT_S)
         self._signals.read()
-
-
-class SignalSocket:
-    """SIGTERM and SIGINT as bytes: a handler in Python would wait for the main thread, which waits for a message."""
-
-    def __init__(self) -> None:
-        self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
-        self.received: int | None = None
-        self._is_set = current_thread() is main_thread()
-        if self._is_set:
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-                # What the system does by itself reaches no socket.
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
-
-    def read(self) -> None:
-        """Note the last signal that came."""
-        try:
-            for number in self.reader.recv(64):
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    self.received = number
-        except BlockingIOError:
-            return
-
-    def close(self) -> None:
-        """Let signals go where they went before."""
-        if self._is_set:
-            signal.set_wakeup_fd(self._before)
-            signal.signal(signal.SIGTERM, self._handler)
-        self.reader.close()
-        self._writer.close()
-
-    def poke(self) -> None:
-        """Wake whoever waits for a signal."""
-        self._writer.send(b"\0")
-
-
-def _handles(me: Member, members: Sequence[Member]) -> dict[int, int]:
-    """Handles of the other processes of this host, which stay those processes' even when a number is used again."""
-    handles: dict[int, int] = {}
-    for member in members if hasattr(os, "pidfd_open") else ():
-        if member.agent == me.agent and member.rank != me.rank:
-            # One that has ended by now is found out by its silence.
-            with suppress(ProcessLookupError):
-                handles[member.rank] = os.pidfd_open(member.pid)
-    return handles
-
-
-def _has_ended(handle: int) -> bool:
-    return bool(select.select([handle], [], [], 0)[0])
 
 
 def _first_line(problem: BaseException) -> str:

@@ -139,7 +139,8 @@ def test_commands_for_several_hosts_are_printed(
     printed = capsys.readouterr().out.splitlines()
     program = program_of(arguments[2:], folder / "plan.yaml")
     first, second = host_commands(plan, program, None).values()
-    assert printed == ["# on a", first, "# on b", second]
+    ours = f"plan-devices launch --host NAME --rendezvous ADDRESS:PORT {' '.join(arguments[1:])}"
+    assert printed == ["# on a", first, "# on b", second, "# or", ours]
     assert "--rdzv-conf is_host=1" in first and "--rdzv-conf is_host=0" in second
     assert first.startswith("torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d")
     assert "--max-restarts 0 --shutdown-timeout 5 -m planner run" in first
