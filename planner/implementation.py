@@ -67,7 +67,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     ),
     "glm-4": Implementation(
         source="official remote code: modeling_chatglm.py, caches as tuples. Logits: zai-org/GLM-4's own table grows "
-        "by 0.31 MiB a token from 8,000 to 128,000, which is about one row of logits in 16 bits and the cache. Its "
+        "by 0.31 MiB a token from 8,000 to 128,000, which is about one row of logits in 16 bits and the cache; its "
+        "code asks for the last row alone (return_last_logit), so something else may fill that room. Its "
         "trans_stress_test.py gives BitsAndBytesConfig no compute dtype, whose default is float32",
         logits="prompt",
         cache="whole",
