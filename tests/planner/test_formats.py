@@ -7,6 +7,7 @@ import pytest
 from planner import ConstraintError, Machine, Workload
 from planner.constraints import Constraints
 from planner.formats import engine_text
+from planner.formats.layers import layer_counts
 from planner.graph import ModuleGraph
 from planner.plan import Plan
 from vlm.model import find_model
@@ -104,3 +105,16 @@ def test_a_tied_head_beside_the_embedding_is_refused_and_a_copy_of_it_is_not() -
     plan, graph = planned("3x48GiB", name="gemma-3-27b-it", workload=Workload())
     with pytest.raises(ConstraintError, match="lm_head is on the last GPU there.*--replicate-tied"):
         engine_text("vllm", plan, graph, "m")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen2.5-vl-7b-instruct", "qwen3-vl-8b-instruct", "llava-1.5-7b-hf", "llava-onevision-qwen2-7b-ov-hf"),
+        *("internvl3-8b-hf", "llama-3.2-11b-vision-instruct", "glm-4.1v-9b-thinking"),
+    ],
+)
+def test_pictures_that_come_back_to_the_embedding_make_no_tied_head_of_it(name: str) -> None:
+    plan, graph = planned("2x24GiB", name=name, workload=Workload())
+    counts = layer_counts(plan, graph, "vllm")
+    assert len(counts) == 2 and sum(counts) == sum(group.role == "decoder_layer" for group in graph)
