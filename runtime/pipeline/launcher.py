@@ -97,6 +97,8 @@ def launch(plan: Plan, program: Sequence[str], host: str | None = None, rendezvo
         except SignalException as problem:
             return _exit_code_of_signal(Path(folder), problem.sigval)
         except (RendezvousError, dist.DistError) as problem:
+            if any(Path(folder).rglob("attempt_*")):
+                return _exit_code_of_end(Path(folder))
             raise MachineError(
                 f"the hosts {', '.join(plan.machine.hosts)} did not find each other at {rendezvous}: "
                 f"{str(problem).partition('.')[0]}. It is an address of {plan.machine.hosts[0]} that each host can "
@@ -152,12 +154,27 @@ def _exit_code(folder: Path, failures: Sequence[ProcessFailure]) -> int:
     first = min(failures, key=lambda failure: failure.timestamp)
     if first.exitcode > 0:
         return first.exitcode
-    problem = PipelineError(
-        f"process {first.local_rank} of this host ended by {first.signal_name()} before the pipeline had begun: see "
-        "what it said above, or how much memory the host has"
+    raise _unreported(
+        f"process {first.local_rank} of this host ended by {first.signal_name()} and could not say why: see what "
+        "has been said before, or how much memory the host has"
     )
+
+
+def _exit_code_of_end(folder: Path) -> int:
+    """The code of a job whose processes had begun when the host that keeps its store ended.
+
+    Raises: PipelineError when no process of this host has said why.
+    """
+    told = _told(folder)
+    if told is None:
+        raise _unreported("another host has ended the job, and says why")
+    return told
+
+
+def _unreported(text: str) -> PipelineError:
+    problem = PipelineError(text)
     problem.is_reported = False
-    raise problem
+    return problem
 
 
 def _exit_code_of_signal(folder: Path, number: signal.Signals) -> int:
@@ -167,8 +184,7 @@ def _exit_code_of_signal(folder: Path, number: signal.Signals) -> int:
     """
     code = 128 + number
     if _told(folder) is None:
-        problem = PipelineError(INTERRUPTION if number == signal.SIGINT else f"ended by {number.name}")
-        problem.is_reported = False
+        problem = _unreported(INTERRUPTION if number == signal.SIGINT else f"ended by {number.name}")
         problem.exit_code = code
         raise problem
     return code

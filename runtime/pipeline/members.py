@@ -61,10 +61,12 @@ def roll_call(store: dist.Store, me: Member, world_size: int, *, timeout_s: floa
     try:
         while missing := [rank for rank in range(world_size) if not store.check([_key(rank)])]:
             if time.monotonic() > end_s:
-                raise MachineError(
+                problem = MachineError(
                     f"{me} has waited {timeout_s:.0f} s for rank {', '.join(map(str, missing))} of {world_size}: a "
                     "process hangs before it takes part, or its host cannot reach this one"
                 )
+                problem.is_reported = me.rank != min(set(range(world_size)) - set(missing))
+                raise problem
             time.sleep(_LOOK_S)
         members = [Member(**json.loads(store.get(_key(rank)))) for rank in range(world_size)]
     except (RuntimeError, dist.DistError) as problem:

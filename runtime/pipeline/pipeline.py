@@ -113,9 +113,9 @@ class Pipeline:
             self._serve()
             return
         with self._watch.guarded():
+            chosen = groups or groups_for(self.plan)
+            refuse_unplanned_groups(self.plan, chosen)
             prompter = prompter_for(self._folder, self._architecture)
-        chosen = groups or groups_for(self.plan)
-        refuse_unplanned_groups(self.plan, chosen)
         desk = Desk(self.plan, self.model.skeleton, prompter, sampling)
         batches = desk.batches(asked, chosen.batch_size)
         for finished in self.generate_batches(batches, desk.options(), chosen.num_slots):
@@ -128,8 +128,8 @@ class Pipeline:
     ) -> Iterator[Finished]:
         """Run batches of inputs, `num_slots` of them in flight, and yield each as it is finished, in any order.
 
-        By default as many are in flight as the plan's estimate finds best.
-        `options` are those of transformers' `generate`, but for several sequences a request. Other stages serve.
+        By default as many are in flight as the plan's estimate finds best. `options` are those of transformers'
+        `generate`, but for several sequences a request. Other stages serve.
         """
         if not self.is_first:
             self._serve()

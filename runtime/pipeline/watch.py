@@ -223,7 +223,7 @@ class Watch:
         if self._over is not None:
             return self._over
         if os.getppid() != self._parent:
-            return self._orphaned()
+            return self._cut_off("the process that started it is gone")
         if self._abandoned_since is not None and time.monotonic() - self._abandoned_since > self._silence_s:
             return self._fail(_UNREAD, exit_code=ConstraintError.exit_code)
         try:
@@ -232,11 +232,11 @@ class Watch:
                 return Fault(**json.loads(self._store.get(_FAULT)))
             return self._dead() or self._silent() or self._locked() or self._asked_to_end()
         except (RuntimeError, dist.DistError):
-            return self._fault("the launcher's store is gone: another host has ended the job")
+            return self._cut_off("the launcher's store is gone: another host has ended the job, and says why")
 
-    def _orphaned(self) -> Fault:
-        """That the launcher has been killed, and with it the store: the first process of its host says so."""
-        fault = self._fault("the process that started it is gone")
+    def _cut_off(self, cause: str) -> Fault:
+        """That no process of this host can reach others any more: the first one says so."""
+        fault = self._fault(cause)
         siblings = [rank for rank, member in self._members.items() if member.agent == self._me.agent]
         return self._report(fault) if self._me.rank == min(siblings) else fault
 
@@ -290,7 +290,9 @@ class Watch:
             time.sleep(BEAT_S / 20)
         if number == signal.SIGINT:
             return self._fail(INTERRUPTION, exit_code=INTERRUPTED)
-        return self._fail(f"asked to end by {signal.Signals(number).name}", exit_code=128 + number)
+        elsewhere = any(member.agent != self._me.agent for member in self._members.values())
+        hint = ", perhaps because another host has ended: see there" if elsewhere else ""
+        return self._fail(f"asked to end by {signal.Signals(number).name}{hint}", exit_code=128 + number)
 
     def _end(self, fault: Fault) -> None:
         """Leave with the whole process: its main thread may wait for what will never come."""
