@@ -179,9 +179,6 @@ def page(found: list[Findings], edges: list[Edge], *, has_gpu: bool) -> str:
         "",
         f"Written by `python benchmarks/measure_gpu.py` on {where}, torch {torch.__version__}.",
         *([] if has_gpu else ["No figure here is a GPU's."]),
-        "",
-        "While it decodes, `generate` of transformers keeps the features of pictures (`mm_encoder_outputs`), which",
-        "predictions of that phase leave out; where the phase is predicted from below, that is why.",
     ]
     for one in found:
         lines += ["", f"## {one.ran}", "", *one.notes, "", "| | | meter | predicted | measured | ratio |"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from planner.errors import UnsupportedModelError
 from planner.graph import Phase
-from vlm.inputs import cache_inputs, decode_inputs
+from vlm.inputs import cache_inputs, decode_inputs, with_features
 
 
 class Watch(Protocol):
@@ -36,6 +36,8 @@ def forward_and_decode(num_decode_steps: int = 2, num_beams: int = 1) -> Steps:
     def run(model: nn.Module, inputs: Mapping[str, Any], watch: Watch) -> list[Any]:
         watch.phase = "prefill"
         generates = isinstance(model, PreTrainedModel) and model.can_generate()
+        if generates:
+            inputs = with_features(model, dict(inputs))
         if num_beams > 1:
             inputs = _for_beams(model, inputs, num_beams)
         outputs = model(**inputs, **(cache_inputs(model) if generates else {}))

@@ -26,7 +26,7 @@ from vlm.traced import TracedCosts, TracedModel, Tracer, costs_key
 from vlm.versions import installed_versions
 
 FORMAT = "plan-devices-costs/1"
-COUNTING = 3
+COUNTING = 4
 """Version of what a trace counts; costs kept by another one are traced anew."""
 SHIPPED = Path(__file__).with_name("graphs")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from planner.errors import UnsupportedModelError
@@ -146,6 +146,23 @@ def encode_inputs(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name not in used_up} | {"encoder_outputs": encoded}
 
 
+def with_features(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """The inputs of a model that takes its images' features for their pixels, the vision path run, as generate() does.
+
+    Unchanged for other models, those with a generate() of their own, and without images. The features, and all that
+    the vision path returns beside them, are held for as long as these inputs are: in generate() until the last token.
+    """
+    usual = type(model).generate is GenerationMixin.generate and not model.config.is_encoder_decoder
+    if not usual or not model._supports_mm_encoder_outputs():
+        return inputs
+    encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
+    if not encoded["mm_encoder_outputs"]:
+        return inputs
+    if "position_ids" in _parameters(model.forward):  # of the images' sizes, which the vision path has used up
+        encoded["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    return encoded
+
+
 def cache_inputs(model: PreTrainedModel) -> Inputs:
     """What generate() adds to a prefill: a cache, and that the last position's logits will do, where a forward can.
 
@@ -181,7 +198,7 @@ def decode_inputs(
     state = {name: value for name, value in inputs.items() if name != ids_name} | {"use_cache": True}
     if model.config.is_encoder_decoder:
         state = encode_inputs(model, state)
-    elif "position_ids" in _parameters(model.forward):
+    elif "position_ids" in _parameters(model.forward) and "mm_encoder_outputs" not in inputs:
         state["position_ids"] = model._prepare_position_ids_for_generation(inputs[ids_name], dict(state))
     state = _updated(model, state, outputs)
     ids = torch.cat([inputs[ids_name], new_ids], dim=1)

@@ -21,7 +21,7 @@ from transformers import (
 
 from planner.errors import UnsupportedModelError
 from vlm.image_formats import levels
-from vlm.inputs import cache_inputs, decode_inputs, encode_inputs, example_inputs, longer_inputs
+from vlm.inputs import cache_inputs, decode_inputs, encode_inputs, example_inputs, longer_inputs, with_features
 from vlm.shrink import shrink
 from vlm.tiny import from_config, tiny_model
 
@@ -39,6 +39,8 @@ FORMS = {
     "udop": "bbox",
 }
 ONE_IMAGE = {"udop"}
+OWN_VISION_PASS = {"mllama", "florence2", "udop"}
+"""Of the others generate() runs the vision path before the first forward, and keeps what it gives."""
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -81,6 +83,21 @@ def test_cached_decode_step_equals_the_whole_sequence(tiny):
         cached, uncached = model(**step).logits[:, -1], model(**whole).logits[:, -1]
     assert step["past_key_values"] is outputs.past_key_values
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-4)
+
+
+def test_features_in_place_of_pixels_lead_to_the_same_logits_and_are_held(tiny):
+    model_type, model = tiny
+    inputs = example_inputs(model, batch_size=2, image_size=112)
+    with torch.no_grad():
+        encoded = with_features(model, inputs)
+    if model_type in OWN_VISION_PASS:
+        assert encoded is inputs
+        return
+    assert "pixel_values" not in encoded and "pixel_values" in inputs
+    assert encoded["mm_encoder_outputs"]["image"].pooler_output is not None
+    assert torch.equal(_prefill(model, encoded).logits, _prefill(model, inputs).logits)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert with_features(model, text) is text
 
 
 def test_pixels_change_the_logits(tiny):
