@@ -30,7 +30,7 @@ from planner.problem import Objective, Problem
 from planner.report import alternatives_table, report
 from planner.textfile import dump_mapping
 from planner.workload import Attention, Dtype
-from vlm.catalogue import lookup
+from vlm.catalogue import hub_id, lookup
 from vlm.model import Model
 from vlm.planning import decided, plan_of, problem_for
 
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
         plan = replace(plan, proof={"status": "skipped"})
     else:
         plan = proven(model, plan, console, anew=arguments.prove)
-    _write_all(plan, problem, arguments)
+    _write_all(plan, problem, model, arguments)
     if not arguments.quiet:
         _explain(plan, problem, model, arguments, console)
     return 0
@@ -93,9 +93,9 @@ def _idle_options(arguments: argparse.Namespace, model: Model, problem: Problem)
         yield f"--image-size changes nothing: {model.name} resizes every picture to {size}"
 
 
-def _write_all(plan: Plan, problem: Problem, arguments: argparse.Namespace) -> None:
+def _write_all(plan: Plan, problem: Problem, model: Model, arguments: argparse.Namespace) -> None:
     """The plan, and the files that were asked for."""
-    _write(_rendered(plan, problem.graph, arguments), arguments.output)
+    _write(_rendered(plan, problem.graph, model, arguments), arguments.output)
     if arguments.report is not None:
         write_output(plan_page(plan, problem.graph), arguments.report)
     if arguments.save_graph is not None:
@@ -206,10 +206,11 @@ def _pins(machine: Machine, asked: Sequence[tuple[str, str]]) -> tuple[dict[str,
     return found, tuple(dict.fromkeys(problems))
 
 
-def _rendered(plan: Plan, graph: ModuleGraph, arguments: argparse.Namespace) -> str:
+def _rendered(plan: Plan, graph: ModuleGraph, model: Model, arguments: argparse.Namespace) -> str:
     form: str = arguments.format
     if form in ENGINES:
-        return engine_text(form, plan, graph, arguments.model)
+        served = hub_id(arguments.model) if model.origin == "catalogue" else arguments.model
+        return engine_text(form, plan, graph, served)
     if form == "json":
         return json.dumps(plan.to_dict(), indent=2) + "\n"
     if form == "device-map":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from planner.errors import SourceError
-from vlm.catalogue import catalogue_names, lookup, unavailable_names
+from vlm.catalogue import catalogue_names, hub_id, lookup, unavailable_names
 from vlm.model import find_model
 from vlm.skeleton import build_skeleton
 
@@ -81,6 +81,11 @@ OF_EACH_CLASS = (
 def test_what_people_come_with_is_there_by_its_hub_name(name: str) -> None:
     assert name in catalogue_names()
     assert lookup(f"{lookup(name).organisation}/{name}".upper()) == lookup(name)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL-7B-Instruct", "qwen/qwen2-vl-7b-instruct"])
+def test_a_name_is_turned_into_the_hubs_id(name: str) -> None:
+    assert hub_id(name) == "qwen/qwen2-vl-7b-instruct"
 
 
 def test_every_entry_names_its_source_and_its_class() -> None:

@@ -73,6 +73,14 @@ def lookup(name: str) -> CatalogueEntry:
     return entry
 
 
+def hub_id(name: str) -> str:
+    """The id on the hub of a model known by `name`, in lower case, which the hub takes for any other.
+
+    Raises: SourceError as `lookup`.
+    """
+    return f"{lookup(name).organisation}/{name.strip().lower().rpartition('/')[2]}"
+
+
 @cache
 def _names() -> dict[str, str]:
     names: dict[str, str] = {}
