@@ -13,20 +13,17 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.constraints import Unit
 from planner.errors import ConstraintError
 from planner.machine import Device
-from planner.memory import WORKSPACE_BYTES, StageLoad
+from planner.memory import WORKSPACE_BYTES
 from planner.problem import NO_KV, TIMED, Problem
 from planner.solve.crossings import FLOATING, NO_LINK, Crossings, Ends, Known, link_groups
+from planner.solve.loads import RunLoads, run_loads
 from planner.timing import NS_PER_S
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
-
-BEYOND_BYTES = 2**59
-"""More than any machine holds; larger loads count as this, so that differences stay within 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +80,7 @@ class Segments:
         self.num_link_groups = max(self.groups_of_links) + 1
         self.runs: list[Runs] = []
         for carried in ((), self.floating.members) if self.floating else ((),):
-            loads = _loads(problem, self.chain, carried)
+            loads = run_loads(problem.table, self.chain, carried)
             self.runs += [self._on(kind, loads, carried) for kind in range(len(self.classes))]
         self.crossings = self._crossings(forbidden=False)
         """What crosses between runs, in nanoseconds; None where no link matters."""
@@ -140,10 +137,10 @@ class Segments:
             is_home=self._is_home(first),
         )
 
-    def _on(self, index: int, loads: tuple[Ints, Ints, Ints], carried: tuple[int, ...]) -> Runs:
-        kind, (running, loading, per_position) = self.classes[index], loads
-        beside_cache = kind.capacity_bytes - running
-        left = np.minimum(beside_cache, kind.capacity_bytes - loading)
+    def _on(self, index: int, loads: RunLoads, carried: tuple[int, ...]) -> Runs:
+        kind, per_position = self.classes[index], loads.kv_bytes_per_position
+        beside_cache = kind.capacity_bytes - loads.running_bytes
+        left = np.minimum(beside_cache, kind.capacity_bytes - loads.loading_bytes)
         legal = self._legal(kind, carries=bool(carried))
         return Runs(
             kind=index,
@@ -186,23 +183,3 @@ class Segments:
 
 def _devices(problem: Problem) -> tuple[Device, ...]:
     return problem.machine.devices
-
-
-def _loads(problem: Problem, chain: Sequence[Unit], carried: tuple[int, ...]) -> tuple[Ints, Ints, Ints]:
-    """Of the units [start, end), with the groups carried besides: bytes without overheads when they run and when they
-    are loaded, and KV bytes per position.
-    """
-    count = len(chain)
-    running, loading, per_position = (np.zeros((count, count + 1), dtype=np.int64) for _ in range(3))
-    for start in range(count):
-        stage = StageLoad(problem.table)
-        for member in carried:
-            stage.add(member)
-        running[start, start], loading[start, start] = stage.running_bytes, stage.loading_bytes
-        for end in range(start + 1, count + 1):
-            for member in chain[end - 1].members:
-                stage.add(member)
-            running[start, end] = min(stage.running_bytes, BEYOND_BYTES)
-            loading[start, end] = min(stage.loading_bytes, BEYOND_BYTES)
-            per_position[start, end] = min(stage.kv_bytes_per_position, BEYOND_BYTES)
-    return running, loading, per_position
