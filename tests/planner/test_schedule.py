@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from planner import Machine, Plan, Workload
+from planner import ConstraintError, Machine, Plan, Workload
 from planner.schedule import Schedule, StageCost, Task, costs_of, simulate, turns
-from planner.stage_costs import Groups, groups_for, planned_schedule
+from planner.stage_costs import Groups, groups_for, most_in_flight, planned_schedule, refuse_unplanned_groups
 from vlm.model import find_model
 from vlm.planning import plan_for
 
@@ -118,3 +118,22 @@ def test_groups_hold_no_more_positions_than_fit() -> None:
 def test_a_batch_of_one_without_room_for_another_is_one_group() -> None:
     plan = planned("2xrtx4090", 1)
     assert groups_for(replace(plan, kv_tokens=plan.quantities.positions)) == Groups(num_slots=1, batch_size=1)
+
+
+def test_between_hosts_handing_on_takes_longer() -> None:
+    near, far = (planned(spec, 4).schedule_costs or () for spec in ("2xrtx4090", "a=rtx4090/b=rtx4090"))
+    assert far[0].send_prefill_s > 5 * near[0].send_prefill_s
+    assert far[0].send_decode_s > near[0].send_decode_s
+    assert far[0].decode_s == near[0].decode_s
+
+
+def test_groups_beyond_the_batch_or_beyond_memory_are_refused() -> None:
+    plan = planned("2xrtx4090", 4)
+    fits = most_in_flight(plan) // 4
+    refuse_unplanned_groups(plan, Groups(num_slots=fits, batch_size=4))
+    with pytest.raises(ConstraintError, match=f"holds the KV cache of {most_in_flight(plan)}: ask for fewer --groups"):
+        refuse_unplanned_groups(plan, Groups(num_slots=fits + 1, batch_size=4))
+    with pytest.raises(ConstraintError, match="groups of 5: the plan is for 4 at once. .* --batch-size 5"):
+        refuse_unplanned_groups(plan, Groups(num_slots=1, batch_size=5))
+    with pytest.raises(ConstraintError, match="0 groups of 4"):
+        Groups(num_slots=0, batch_size=4)

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from planner import Machine, MachineError, Plan, PlanMismatchError, Workload
+from planner import ConstraintError, Machine, MachineError, Plan, PlanMismatchError, UnsupportedModelError, Workload
 from planner.cli import main as command
+from planner.plan import Offload
 from runtime.pipeline.agreement import Terms, refuse_disagreement
 from runtime.pipeline.launched import Launched
 from runtime.pipeline.members import Member, roll_call
 from runtime.pipeline.network import interface_towards, own_address
 from runtime.pipeline.places import own_stage
+from runtime.pipeline.watch import Watch
+from runtime.readiness import refuse_stored_quantised
 from tests.runtime.pipeline.jobs import Job, messages, wait_for_lines
 from vlm.model import find_model
 from vlm.planning import plan_for
@@ -177,3 +180,42 @@ def test_more_processes_than_stages_are_refused_and_one_says_so(plan: Plan) -> N
         return found.value
 
     assert [refusal(rank).is_reported for rank in range(3)] == [False, True, True]
+
+
+def test_answers_left_unread_are_a_mistake_and_an_exception_among_them_is_itself() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    watch = Watch(store, MEMBERS[0], MEMBERS[:1])
+    watch.start()
+
+    def answers() -> Iterator[int]:
+        with watch.guarded():
+            yield from range(3)
+
+    def use() -> None:
+        for _ in answers():
+            raise LookupError("this answer is of no use")
+
+    try:
+        with pytest.raises(LookupError, match="this answer is of no use"):
+            use()
+        with pytest.raises(ConstraintError, match="the answers were not read to the end"):
+            watch.refuse_abandoned()
+    finally:
+        watch.leave()
+
+
+def test_a_plan_with_weights_on_the_host_is_refused(plan: Plan) -> None:
+    first = Launched(rank=0, world_size=2, local_rank=0, agent=0, address="127.0.0.1")
+    offloaded = replace(plan, offload=Offload(host_bytes=2**30, pass_bytes=2**30, copying_s=0.1))
+    with pytest.raises(UnsupportedModelError, match=r"keeps 1\.00 GiB of weights on the host, .* does not stream"):
+        own_stage(offloaded, first, None)
+
+
+def test_weights_stored_in_fewer_bits_are_refused(tiny_xcomposer2: Path) -> None:
+    model = find_model(str(tiny_xcomposer2))
+    refuse_stored_quantised(model)
+    stored = {**model.config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    with pytest.raises(
+        UnsupportedModelError, match="is stored in bitsandbytes, .* one process. Plain weights are quan"
+    ):
+        refuse_stored_quantised(replace(model, config=stored))
