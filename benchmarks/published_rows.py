@@ -28,9 +28,7 @@ GLM_4V = "zai-org/GLM-4, basic_demo/README_en.md at 0423d7c: GLM-4V-9B on A100-8
 NO_INT8 = "not predicted: its kernels keep keys and values in int8, which no cache here does"
 SMALL_CARD = "a CUDA context of 0.49 GiB is a tenth of it"
 PICTURE_ON_TOP = "from above: the picture's 1,602 positions are taken to come on top of the tokens"
-NO_ROOM = (
-    "from above: in int4 the table grows by {growth} MiB a token, which has no room for the logits of its 16-bit rows"
-)
+NO_ROOM = "from above: in int4 the table grows by {growth} MiB a token, too little for logits as in 16 bits"
 ANSWER_TOKENS = 128
 """New tokens where a table gives the prompt alone: its peak is at the prompt's end."""
 
