@@ -22,7 +22,7 @@ def test_every_run_takes_what_its_groups_take_as_a_stage(question: Question, asi
     graph = question.graph
     ends = dict.fromkeys((graph.groups[0].id, graph.groups[-1].id))
     ties = (Tie(groups=tuple(ends), num_bytes=MIB, num_parameters=1),) if tied else ()
-    groups = tuple(replace(group, loading_bytes=index * MIB % 5) for index, group in enumerate(graph))
+    groups = tuple(replace(group, loading_bytes=index % 3 * 5 * MIB) for index, group in enumerate(graph))
     table = CostTable.of(replace(graph, groups=groups, ties=ties), question.quantities)
     units = question.problem.units
     carried = units[aside].members if 0 <= aside < len(units) - 1 else ()

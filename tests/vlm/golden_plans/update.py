@@ -11,12 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from planner.constraints import Constraints
 from planner.errors import InfeasibleError
 from planner.machine import Machine
 from planner.report import report
+from planner.solve import chain_dp
 from planner.workload import Workload
 from vlm.model import find_model
-from vlm.planning import plan_for
+from vlm.planning import plan_for, problem_for
 
 FOLDER = Path(__file__).parent
 SMALLEST_OF = ("1x24GiB", "2x24GiB", "4x24GiB", "8x24GiB")
@@ -54,11 +56,10 @@ def text_of(case: str) -> str:
 
 
 def _reported(model, spec: str, workload: Workload) -> Iterator[str]:
-    """The report on a machine; nothing where the model does not fit."""
-    try:
-        yield _shown(report(plan_for(model, Machine.parse(spec), workload)))
-    except InfeasibleError:
-        return
+    """The report on a machine; nothing where the model does not fit, of which nobody asks for advice."""
+    machine = Machine.parse(spec)
+    if chain_dp.fits(problem_for(model, machine, workload, Constraints())):
+        yield _shown(report(plan_for(model, machine, workload)))
 
 
 def _shown(renderable) -> str:
