@@ -33,7 +33,7 @@ def terms_of(plan: Plan, checkpoint: Checkpoint | None, problem: str = "") -> Te
     return Terms(
         plan=_digest(plan.to_yaml().encode()),
         checkpoint=checkpoint_digest(checkpoint) if checkpoint else "none",
-        versions=installed_versions(),
+        versions=installed_versions("plan-devices"),
         problem=problem,
     )
 
