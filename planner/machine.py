@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache
-from itertools import groupby
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from planner.errors import ConstraintError, MachineError
 from planner.textfile import parse_mapping, read_mapping
-from planner.units import MIB, format_bytes, parse_bytes, shorthand
+from planner.units import MIB, counted, format_bytes, parse_bytes, shorthand
 
 CONTEXT_BYTES = 500 * MIB
 """A CUDA context with its kernels, whatever the GPU; docs/design.md says what was read off where."""
@@ -187,9 +186,11 @@ class Machine:
     @property
     def spec(self) -> str | None:
         """Shorthand that `parse` reads back to these devices but for context and reserve; None where there is none."""
-        texts = [device.kind or shorthand(device.memory_bytes) for device in self.devices]
-        runs = [(text, len(list(same))) for text, same in groupby(texts)]
-        text = ",".join(f"{count}x{text}" if count > 1 else text for text, count in runs)
+        text = "/".join(
+            (f"{host}=" if host else "")
+            + counted(d.kind or shorthand(d.memory_bytes) for d in self.devices if d.host == host)
+            for host in self.hosts
+        )
         try:
             read = Machine.parse(text).with_overheads(context_bytes=0, reserve_bytes=0).devices
         except MachineError:

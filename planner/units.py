@@ -6,7 +6,9 @@ GiB is 2**30 and GB is 10**9, everywhere. A bare number is refused: "24" of what
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fractions import Fraction
+from itertools import groupby
 
 KIB = 2**10
 MIB = 2**20
@@ -74,3 +76,9 @@ def shorthand(num_bytes: int) -> str:
         if num_bytes and num_bytes % factor == 0:
             return f"{num_bytes // factor}{unit}"
     return f"{num_bytes}B"
+
+
+def counted(texts: Iterable[str]) -> str:
+    """`24GiB`, `24GiB` and `l4` as `2x24GiB,l4`."""
+    runs = ((text, len(list(same))) for text, same in groupby(texts))
+    return ",".join(f"{count}x{text}" if count > 1 else text for text, count in runs)
