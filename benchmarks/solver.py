@@ -1,19 +1,21 @@
 """How long a proof takes: every catalogue model on machines of up to 8 GPUs, and 126 layers on 16 to 32 unlike ones.
 
-`python benchmarks/solver.py` prints the tables; times are wall seconds on this machine, one solve at a time.
+`python benchmarks/solver.py` prints the tables, `python benchmarks/solver.py NAME...` the rows of these models alone.
+Times are seconds of one core, one solve at a time.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle, islice, product
+from itertools import cycle, islice, permutations, product
 from typing import get_args
 
 from planner.errors import UnsupportedModelError
 from planner.graph import INPUTS, Flow, ModuleGraph, ModuleGroup, Phase, PhaseCost
-from planner.machine import Device, Machine, gpu_presets
+from planner.machine import Device, Link, Machine, gpu_presets
 from planner.polynomial import Quantities, constant
 from planner.problem import Objective, Problem, Solution
 from planner.solve import chain_dp
@@ -48,7 +50,7 @@ class Slowest:
 
 
 def machines() -> Iterator[tuple[str, Machine]]:
-    """Every GPU model alone and in twos, fours and eights; and eight different ones."""
+    """Every GPU model alone and in twos, fours and eights; eight different ones; and some with unequal links."""
     names = list(gpu_presets())
     for name in names:
         for count in COUNTS:
@@ -56,6 +58,19 @@ def machines() -> Iterator[tuple[str, Machine]]:
     for offset in range(len(names)):
         chosen = list(islice(cycle(names), offset, offset + 8))
         yield f"8 from {chosen[0]}", Machine.parse(",".join(chosen))
+    yield "2 hosts of 4xa100-80g", Machine.parse("a=4xa100-80g/b=4xa100-80g")
+    yield "2 hosts, mixed", Machine.parse("a=2xa100-80g,2xrtx4090/b=2xl4,2xa100-40g")
+    yield "4xrtx3090 in pairs", bridged(Machine.parse("4xrtx3090"), 2)
+    yield "8xa100-40g in pairs", bridged(Machine.parse("8xa100-40g"), 2)
+    yield "8 unlike in fours", bridged(Machine.parse(",".join(names[:8])), 4)
+
+
+def bridged(machine: Machine, size: int) -> Machine:
+    """The machine with NVLink between the devices of each so many in a row."""
+    names = [device.name for device in machine.devices]
+    pairs = ((a, b) for a, b in permutations(range(len(names)), 2) if a // size == b // size)
+    links = (Link(source=names[a], target=names[b], bandwidth_bytes_per_s=300e9, latency_s=1e-5) for a, b in pairs)
+    return replace(machine, links=tuple(links))
 
 
 def big_graph(layer_gib: float) -> ModuleGraph:
@@ -91,13 +106,21 @@ def big_machine(count: int) -> Machine:
 
 def timed(problem: Problem) -> tuple[float, Solution]:
     """Seconds of one solve, and its answer."""
-    start = time.perf_counter()
+    start = time.process_time()
     solution = chain_dp.solve(problem)
-    return time.perf_counter() - start, solution
+    return time.process_time() - start, solution
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, or rows of the second."""
+    names = sys.argv[1:]
+    if not names:
+        print_many_unlike()
+    print_catalogue(names or list(dict.fromkeys(lookup(alias).name for alias in catalogue_names())))
+
+
+def print_many_unlike() -> None:
+    """126 layers on many GPUs that all differ."""
     print("| unequal GPUs | 126 layers of | " + " | ".join(f"{o}, s" for o in OBJECTIVES) + " |")
     print("|--:|--:|" + "--:|" * len(OBJECTIVES))
     quantities = Quantities(batch=1, images=0, patches=0, text_tokens=1000, image_tokens=0, positions=1512)
@@ -106,9 +129,14 @@ def main() -> None:
         found = [timed(replace(problem, objective=objective)) for objective in OBJECTIVES]
         cells = (f"{s:.2f} {x.status}{f', gap {x.gap:.1%}' if x.gap else ''}" for s, x in found)
         print(f"| {count} | {layer_gib} GiB | " + " | ".join(cells) + " |", flush=True)
-    print("\n| model | solves | unproven | " + " | ".join(f"{o}, slowest s" for o in OBJECTIVES) + " |")
+    print()
+
+
+def print_catalogue(names: list[str]) -> None:
+    """The slowest solve of every model, by objective."""
+    print("| model | solves | unproven | " + " | ".join(f"{o}, slowest s" for o in OBJECTIVES) + " |")
     print("|---|--:|--:|" + "--:|" * len(OBJECTIVES))
-    for name in dict.fromkeys(lookup(alias).name for alias in catalogue_names()):
+    for name in names:
         rows = {objective: Slowest() for objective in OBJECTIVES}
         try:
             model = find_model(name)

@@ -93,6 +93,17 @@ class Question:
 
     def left_bytes(self, device: Device, members: tuple[int, ...]) -> int:
         """Memory that stays free, by the definitions in the documentation."""
+        if members not in self.known_bytes:
+            self.known_bytes[members] = self.used_bytes(members)
+        overheads = WORKSPACE_BYTES + device.context_bytes + device.reserve_bytes
+        return device.memory_bytes - self.known_bytes[members] - overheads
+
+    @cached_property
+    def known_bytes(self) -> dict[tuple[int, ...], int]:
+        """What groups take together, once per set of them."""
+        return {}
+
+    def used_bytes(self, members: tuple[int, ...]) -> int:
         at, groups = self.quantities, [self.graph.groups[member] for member in members]
         names = {group.id for group in groups}
         peaks, buffers = [], []
@@ -113,8 +124,7 @@ class Question:
             peaks.append(sum(held) - copies)
         own = sum(group.weight_bytes + group.buffer_bytes(at) + group.logits_bytes(at) for group in groups)
         kv_cache = self.kv_bytes_per_position(members) * at.positions
-        overheads = WORKSPACE_BYTES + device.context_bytes + device.reserve_bytes
-        return device.memory_bytes - own - kv_cache - max(peaks) - max(buffers) - overheads
+        return own + kv_cache + max(peaks) + max(buffers)
 
     def kv_bytes_per_position(self, members: tuple[int, ...]) -> int:
         return sum(self.graph.groups[member].kv_bytes_per_position for member in members) * self.quantities.batch
