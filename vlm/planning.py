@@ -76,10 +76,10 @@ def _solved(problem: Problem, resolved: Workload, limits: Constraints, time_limi
         return offloading.solve(problem, time_limit_s) or solution
     except ForbiddenLinkError:
         refuse_offload(problem, resolved)
-        solution_around = offloading.solve(problem, time_limit_s)
-        if solution_around is None:
+        around = offloading.solve(problem, time_limit_s)
+        if around is None:
             raise
-        return solution_around
+        return around
 
 
 def refuse_offload(problem: Problem, workload: Workload) -> None:

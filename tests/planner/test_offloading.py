@@ -14,7 +14,7 @@ from rich.console import Console
 
 from planner.assembly import make_plan
 from planner.constraints import Constraints
-from planner.errors import ConstraintError, SourceError
+from planner.errors import ConstraintError, ForbiddenLinkError, SourceError
 from planner.graph import INPUTS, Flow, Fusion, ModuleGraph, ModuleGroup, Phase, PhaseCost
 from planner.machine import Device, Link, Machine
 from planner.memory import WORKSPACE_BYTES
@@ -273,3 +273,18 @@ def test_the_page_shows_the_price_and_where_layers_run() -> None:
     problem = one_card(4)
     page = plan_page(planned(problem), problem.graph)
     assert "Host offload: 0.20 GiB of weights rest on the host" in page and "layers.7: cpu" in page
+
+
+def test_where_all_that_fits_on_the_cards_uses_a_forbidden_link_the_host_is_the_way_out() -> None:
+    cards = tuple(device(index, 2 * ENDS + 4 * LAYER) for index in range(2))
+    links = tuple(
+        Link(source=a.name, target=b.name, bandwidth_bytes_per_s=1e9, allowed=False) for a, b in permutations(cards)
+    )
+    problem = problem_of(graph(6), Machine(devices=cards, links=links, host_memory_bytes=2**40))
+    with pytest.raises(
+        ForbiddenLinkError, match="no placement that fits keeps off forbidden links: the best one sends"
+    ):
+        tied.solve(problem)
+    solution = offloading.solve(problem)
+    assert solution is not None and solution.status == "OPTIMAL"
+    assert [len(stage.on_host) for stage in solution.stages] == [4]
