@@ -62,11 +62,10 @@ def _fixed_places(graph: ModuleGraph, last: int) -> Iterator[tuple[ModuleGroup, 
     """Groups that an engine puts on the first or the last stage; the decoder layers and what weighs nothing are not."""
     groups = list(graph)
     final_layer = max(index for index, group in enumerate(groups) if group.role == "decoder_layer")
-    # A head that is one weight with the embedding runs there a second time, on what comes of the last layer.
-    last_id = groups[final_layer].id
-    heads = {group.id for group in groups if group.role == "head"}
-    ends = {last_id, *(one for flow in graph.flows if flow.producer == last_id for one in flow.consumers)} - heads
-    again = {one for flow in graph.flows if flow.revisits and flow.producer in ends for one in flow.consumers}
+    # A head that is one weight with the embedding runs there a second time; others get something back late.
+    returning = {consumer for flow in graph.flows if flow.revisits for consumer in flow.consumers}
+    without_head = all(group.role != "head" for group in groups)
+    again = {group.id for group in groups if group.role == "embedding" and group.id in returning and without_head}
     for index, group in enumerate(groups):
         if group.role == "decoder_layer" or group.weight_bytes < SMALL_BYTES:
             continue
