@@ -280,10 +280,11 @@ def _rule(flows: Flows, module: str) -> SizeRule | None:
     is_block = module.rpartition(".")[2].isdigit() and all(first == out for first, out, _ in seen)
     if len({first for first, _, _ in seen}) < 2 and not is_block:
         return None
-    _, some_out, dtype = next(iter(seen))
-    assert some_out is not None and dtype is not None
-    for num_kept in range(len(some_out), -1, -1):
-        rule = SizeRule(num_kept=num_kept, tail=some_out[num_kept:], dtype=dtype)
+    # Of the most sizes: what is kept of a long argument is all of a short one, such as ids without a batch.
+    _, longest, dtype = max(seen, key=lambda one: len(one[1] or ()))
+    assert longest is not None and dtype is not None
+    for num_kept in range(len(longest), -1, -1):
+        rule = SizeRule(num_kept=num_kept, tail=longest[num_kept:], dtype=dtype)
         if all(first is not None and rule.shape(first) == out for first, out, _ in seen):
             return rule
     return None

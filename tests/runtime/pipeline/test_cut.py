@@ -177,6 +177,26 @@ def test_a_choice_by_values_brings_these_values_to_every_stage_that_chooses() ->
     assert values_sent(cut(flows, three), 0) == {"layers.0": [1, 2]}
 
 
+class Words(nn.Module):
+    """Looks up ids with a batch and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Embedding(10, 64), nn.Linear(64, 64)])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        table, linear = self.layers
+        return linear(table(ids) + table(ids[0]))
+
+
+def test_a_table_that_is_asked_in_two_shapes_tells_both_sizes_by_one_rule() -> None:
+    flows = follow(Words(), {"ids": torch.arange(8).reshape(2, 4)}, once)
+    _, _, plan = planned("llava")
+    rule = cut(flows, in_two(plan)).parts[1].standins["layers.0"].rule
+    assert rule is not None
+    assert rule.shape((3, 5)) == (3, 5, 64) and rule.shape((7,)) == (7, 64)
+
+
 def test_a_way_through_the_model_that_was_not_followed_is_refused_when_it_is_taken() -> None:
     model, _, plan = planned("llava")
     text_alone = follow(model, {"input_ids": torch.arange(5, 37)[None]}, forward_and_decode())
