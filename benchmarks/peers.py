@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf, isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -256,8 +256,8 @@ def worse(rows: list[Row]) -> list[str]:
                 found.append(f"{other.planner} in latency_s")
             continue
         for _, objective, figure, sign in FIGURES:
-            mine = [sign * getattr(row, figure) for name, row in ours.items() if objective in name and row.fits]
-            if not mine or sign * getattr(other, figure) > max(mine):
+            mine = [sign * _figure(row, figure) for name, row in ours.items() if objective in name and row.fits]
+            if not mine or sign * _figure(other, figure) > max(mine):
                 found.append(f"{other.planner} in {figure}")
     return found
 
@@ -301,10 +301,18 @@ def _summary(answers: list[list[Row]]) -> Iterator[str]:
         own = [(found[planner], found) for found in by_planner if planner in found and found[planner].fits]
         shares = []
         for figure, ours in (("kv_positions", "balance"), ("latency_s", "latency"), ("bottleneck_s", "throughput")):
-            both = [(getattr(row, figure), found[f"ours, {ours}"]) for row, found in own if found[f"ours, {ours}"].fits]
-            shares.append(median(value / getattr(best, figure) for value, best in both) if both else None)
+            pairs = [(row, found[f"ours, {ours}"]) for row, found in own if found[f"ours, {ours}"].fits]
+            both = [(_figure(row, figure), _figure(best, figure)) for row, best in pairs]
+            known = [value / best for value, best in both if isfinite(best)]
+            shares.append(median(known) if known else None)
         cells = " | ".join("-" if share is None else f"{share:.2f}" for share in shares)
         yield f"| {planner} | {len(own)} | {cells} |"
+
+
+def _figure(row: Row, figure: str) -> float:
+    """Of a row that fits; a cache that no longer grows, as with a sliding window, has room for any position."""
+    value = getattr(row, figure)
+    return inf if value is None else value
 
 
 def _table(answers: Answers, objective: str, figure: str) -> Iterator[str]:
